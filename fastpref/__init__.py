@@ -1,0 +1,46 @@
+"""fastpref: preference-tuning losses that never hold the logits."""
+
+from fastpref import reference
+from fastpref.loss import PreferenceOutput, linear_logps, preference_loss, sequence_logps
+from fastpref.objectives import (
+    CPO,
+    DPO,
+    IPO,
+    ORPO,
+    RDPO,
+    AdaDPO,
+    Balance,
+    Hinge,
+    Objective,
+    PairLogps,
+    SimPO,
+    UniDPO,
+)
+from fastpref.planner import Plan, Workload, make_plan
+from fastpref.sequences import shift_targets
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CPO",
+    "DPO",
+    "IPO",
+    "ORPO",
+    "RDPO",
+    "AdaDPO",
+    "Balance",
+    "Hinge",
+    "Objective",
+    "PairLogps",
+    "Plan",
+    "PreferenceOutput",
+    "SimPO",
+    "UniDPO",
+    "Workload",
+    "linear_logps",
+    "make_plan",
+    "preference_loss",
+    "reference",
+    "sequence_logps",
+    "shift_targets",
+]

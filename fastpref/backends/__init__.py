@@ -1,0 +1,140 @@
+"""The one interface between the schedules and whatever computes them.
+
+A backend is a module with the four functions of `Backend`. It knows rows, vocabulary and
+coefficients; it knows nothing of sequences, pairs or objectives. Row `t` has the log-probability
+`ℓ_t` of its target, and every gradient is `Σ_t coef_t ∂ℓ_t` (plus an entropy term on request).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "torch", "triton", "reference")
+TOKEN_STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+
+
+@dataclass(frozen=True)
+class Head:
+    """The LM head: `z = cap·tanh(scale·(W h + b) / cap) / temperature`.
+
+    `compute_dtype` is what the operands of matrix products are rounded to: the inputs' dtype, or
+    autocast's. Accumulation and everything after it is in `accumulate_dtype`.
+    """
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    compute_dtype: torch.dtype
+
+    @property
+    def accumulate_dtype(self) -> torch.dtype:
+        return accumulate_dtype(self.compute_dtype)
+
+
+def accumulate_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class RowStats:
+    """What is known of n rows once their logits have been seen, each `(n,)`.
+
+    `factor` turns what `group_forward` left in its buffer into the gradient of ℓ_t with respect to
+    `W h_t + b`; only that backend's `group_backward` reads it.
+    """
+
+    logps: Tensor
+    lse: Tensor
+    extra: dict[str, Tensor]  # the requested ones of TOKEN_STATS
+    factor: Tensor | None = None
+
+    @classmethod
+    def concatenate(cls, parts: list[RowStats]) -> RowStats:
+        """The statistics of consecutive rows as one."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            torch.cat([part.logps for part in parts]),
+            torch.cat([part.lse for part in parts]),
+            {name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra},
+            None if parts[0].factor is None else torch.cat([part.factor for part in parts]),
+        )
+
+
+@dataclass
+class Grads:
+    """Gradients in the making; None where not wanted. Accumulated in `accumulate_dtype`."""
+
+    hidden: Tensor | None  # (n, H), rows of this call
+    weight: Tensor | None  # (V, H)
+    bias: Tensor | None  # (V,)
+
+
+class Backend(Protocol):
+    def forward(
+        self,
+        hidden: Tensor,  # (n, H)
+        targets: Tensor,  # (n,)
+        head: Head,
+        tile: tuple[int, int],  # rows × vocabulary columns held at once
+        stats: tuple[str, ...],
+    ) -> RowStats:
+        """Statistics of every row; no more logits than one tile."""
+
+    def group_forward(
+        self,
+        hidden: Tensor,  # (n, H)
+        targets: Tensor,  # (n,)
+        head: Head,
+        buffer: Tensor,  # (n, V), accumulate_dtype, uninitialised
+        stats: tuple[str, ...],
+    ) -> RowStats:
+        """Statistics of every row; `buffer` keeps what `group_backward` needs."""
+
+    def group_backward(
+        self,
+        hidden: Tensor,  # (n, H)
+        head: Head,
+        buffer: Tensor,  # (n, V), consumed
+        factor: Tensor,  # (n,), RowStats.factor times the rows' coefficients
+        grads: Grads,
+    ) -> None:
+        """Writes `grads.hidden`, adds to `grads.weight` and `grads.bias`."""
+
+    def recompute_backward(
+        self,
+        hidden: Tensor,  # (n, H)
+        targets: Tensor,  # (n,)
+        head: Head,
+        lse: Tensor,  # (n,)
+        coef: Tensor,  # (n,)
+        entropy: tuple[Tensor, Tensor] | None,  # entropies (n,) and their coefficients (n,)
+        tile: tuple[int, int],
+        wants: tuple[bool, bool, bool],  # hidden, weight, bias
+    ) -> Grads:
+        """Gradients from logits computed once more; weight and bias in the parameters' dtype."""
+
+
+def choose_backend(name: str, device: torch.device) -> Backend:
+    """The module behind a backend's name.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a backend that cannot run on this device; never replaced silently.
+    """
+    from fastpref.backends import torch_backend
+
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; expected one of {list(BACKENDS)}")
+    if name == "triton":
+        import fastpref_kernels
+
+        raise RuntimeError(f"backend='triton': {fastpref_kernels.unavailable_reason(device.type)}")
+    return torch_backend

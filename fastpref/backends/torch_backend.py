@@ -1,0 +1,318 @@
+"""Tiles and groups of logits by torch's own matrix products, on any device.
+
+The elementwise work happens in place, on a few rows at a time so that they stay in the cache. A
+materialised group ends up as E − s·onehot with E = exp(z − max z) and s = Σ E, from which
+∂ℓ/∂z = −(E − s·onehot) / s: the division by s, the row's coefficient and every scalar of the head
+are one factor a row, applied to the small operands of the products instead of to the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastpref.backends import Grads, Head, RowStats
+
+# Elements of a block of logits that elementwise passes work on: 2 MiB of float32 stay in L2.
+_BLOCK_ELEMENTS = 2**19
+# Rows of the weight converted at a time where the products do not take its dtype.
+_CONVERTED_ROWS = 4096
+# `mm(..., out_dtype=float32)` keeps the fp32 accumulator of bf16 products; CUDA, torch ≥ 2.8.
+_MM_OUT_DTYPE = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 8)
+
+
+def forward(
+    hidden: Tensor,  # (n, H)
+    targets: Tensor,  # (n,)
+    head: Head,
+    tile: tuple[int, int],
+    stats: tuple[str, ...],
+) -> RowStats:
+    rows, columns = tile
+    vocabulary = head.weight.shape[0]
+    buffer = hidden.new_empty(min(rows, len(hidden)), columns, dtype=head.accumulate_dtype)
+    parts = []
+    for start in range(0, max(1, len(hidden)), rows):
+        operand = _operand(hidden[start : start + rows], head)
+        fold = _Fold(targets[start : start + rows], head.accumulate_dtype, stats)
+        for first, last, weight in _weight_slices(head, columns):
+            z = buffer[: len(operand), : last - first]
+            _project(operand, weight, head, first, last, out=z)
+            if head.softcap is not None:
+                _softcap_(z, head)
+            fold.add(z, first)
+        parts.append(fold.finish(vocabulary))
+    return RowStats.concatenate(parts)
+
+
+def group_forward(
+    hidden: Tensor,  # (n, H)
+    targets: Tensor,  # (n,)
+    head: Head,
+    buffer: Tensor,  # (n, V)
+    stats: tuple[str, ...],
+) -> RowStats:
+    operand = _operand(hidden, head)
+    for first, last, weight in _weight_slices(head):
+        _project(operand, weight, head, first, last, out=buffer[:, first:last])
+    rows = max(1, _BLOCK_ELEMENTS // buffer.shape[1])
+    parts = [
+        _block_forward(buffer[i : i + rows], targets[i : i + rows], head, stats)
+        for i in range(0, max(1, len(buffer)), rows)
+    ]
+    return RowStats.concatenate(parts)
+
+
+def _block_forward(z: Tensor, targets: Tensor, head: Head, stats: tuple[str, ...]) -> RowStats:
+    """Statistics of a block; `z (n, V)` becomes (E − s·onehot), times 1 − tanh² under a softcap."""
+    slope = None
+    if head.softcap is not None:
+        slope = _softcap_(z, head)
+    peak = z.amax(-1, keepdim=True)
+    target_z = z.gather(-1, targets[:, None])
+    extra = {}
+    if "mean_logits" in stats:
+        extra["mean_logits"] = z.mean(-1)
+    if "is_top1" in stats:
+        extra["is_top1"] = z.argmax(-1) == targets
+    z.sub_(peak)
+    shifted = _finite(z) if "entropy" in stats else None
+    z.exp_()
+    total = z.sum(-1, keepdim=True)
+    log_total = total.log()
+    if shifted is not None:
+        extra["entropy"] = (log_total - _weighted_sum(z, shifted) / total).squeeze(-1)
+    if "log_sum_sq_probs" in stats:
+        extra["log_sum_sq_probs"] = (_weighted_sum(z, z).log() - 2 * log_total).squeeze(-1)
+    z.scatter_add_(-1, targets[:, None], -total)  # p − 1 is formed here, before any rounding
+    if slope is not None:
+        z.mul_(slope)
+    logps = target_z - peak - log_total
+    return RowStats(
+        logps.squeeze(-1), (peak + log_total).squeeze(-1), extra, -_slope(head) / total.squeeze(-1)
+    )
+
+
+def group_backward(
+    hidden: Tensor,  # (n, H)
+    head: Head,
+    buffer: Tensor,  # (n, V)
+    factor: Tensor,  # (n,)
+    grads: Grads,
+) -> None:
+    dtype = _product_dtype(head)
+    if dtype != buffer.dtype:  # the one rounding of half-precision operands is of the product
+        buffer = buffer.mul_(factor[:, None]).to(dtype)
+        if grads.bias is not None:
+            grads.bias += buffer.sum(0, dtype=grads.bias.dtype)
+        scaled, after = _operand(hidden, head), None
+    else:
+        if grads.bias is not None:
+            grads.bias.addmv_(buffer.T, factor)
+        scaled, after = _operand(hidden, head) * factor[:, None], factor[:, None]
+    if grads.weight is not None:
+        _add_product(grads.weight, buffer.T, scaled)
+    if grads.hidden is not None:
+        grads.hidden.zero_()
+        for first, last, weight in _weight_slices(head):
+            _add_product(grads.hidden, buffer[:, first:last], weight)
+        if after is not None:
+            grads.hidden.mul_(after)
+
+
+def recompute_backward(
+    hidden: Tensor,  # (n, H)
+    targets: Tensor,  # (n,)
+    head: Head,
+    lse: Tensor,  # (n,)
+    coef: Tensor,  # (n,)
+    entropy: tuple[Tensor, Tensor] | None,
+    tile: tuple[int, int],
+    wants: tuple[bool, bool, bool],
+) -> Grads:
+    rows, columns = tile
+    accumulate, dtype = head.accumulate_dtype, _product_dtype(head)
+    operand = _operand(hidden, head)
+    factor = (_slope(head) * coef)[:, None]
+    grads = Grads(
+        operand.new_zeros(operand.shape, dtype=accumulate) if wants[0] else None,
+        torch.empty_like(head.weight) if wants[1] else None,
+        torch.empty_like(head.bias) if wants[2] else None,
+    )
+    buffer = hidden.new_empty(min(rows, len(hidden)), columns, dtype=accumulate)
+    grad_slice = hidden.new_empty(columns, hidden.shape[1], dtype=accumulate)
+    for first, last, weight in _weight_slices(head, columns):
+        grad_weight = grad_slice[: last - first].zero_()
+        grad_bias = grad_slice.new_zeros(last - first)
+        for start in range(0, len(hidden), rows):
+            block = slice(start, start + rows)
+            z = buffer[: len(operand[block]), : last - first]
+            _project(operand[block], weight, head, first, last, out=z)
+            slope = _softcap_(z, head) if head.softcap is not None else None
+            z.sub_(lse[block, None])
+            spread = None
+            if entropy is not None:  # ∂H/∂z = −p (log p + H)
+                of_row, its_coef = entropy[0][block, None], _slope(head) * entropy[1][block, None]
+                spread = (z + of_row).mul_(its_coef)
+            z.exp_()
+            if spread is not None:
+                z.mul_(spread.add_(factor[block])).neg_()
+                _add_at_targets(z, targets[block], first, factor[block])
+            else:
+                _add_at_targets(z, targets[block], first, z.new_full((len(z), 1), -1))
+                z.mul_(-factor[block])
+            if slope is not None:
+                z.mul_(slope)
+            if wants[2]:
+                grad_bias += z.sum(0)
+            z = z.to(dtype)
+            if wants[1]:
+                _add_product(grad_weight, z.T, operand[block])
+            if wants[0]:
+                _add_product(grads.hidden[block], z, weight)
+        if wants[1]:
+            grads.weight[first:last] = grad_weight
+        if wants[2]:
+            grads.bias[first:last] = grad_bias
+    return grads
+
+
+class _Fold:
+    """Statistics of some rows, folded over vocabulary slices as an online log-sum-exp."""
+
+    def __init__(self, targets: Tensor, dtype: torch.dtype, stats: tuple[str, ...]) -> None:
+        def of_rows(value: float) -> Tensor:
+            return torch.full(targets.shape, value, dtype=dtype, device=targets.device)[:, None]
+
+        self.targets = targets[:, None]
+        self.peak, self.total, self.target_z = of_rows(-torch.inf), of_rows(0), of_rows(0)
+        self.sum_z = of_rows(0) if "mean_logits" in stats else None
+        self.sum_ez = of_rows(0) if "entropy" in stats else None
+        self.sum_ee = of_rows(0) if "log_sum_sq_probs" in stats else None
+        self.best = torch.full_like(self.targets, -1) if "is_top1" in stats else None
+
+    def add(self, z: Tensor, first: int) -> None:
+        """Folds logits `z (n, columns)` of the vocabulary from `first` on; z is consumed."""
+        local = self.targets - first
+        here = (local >= 0) & (local < z.shape[1])
+        target_z = z.gather(-1, local.clamp(0, z.shape[1] - 1))
+        self.target_z = torch.where(here, target_z, self.target_z)
+        if self.sum_z is not None:
+            self.sum_z += z.sum(-1, keepdim=True)
+        highest, where = z.max(-1, keepdim=True) if self.best is not None else (_amax(z), None)
+        if self.best is not None:  # the first of equal maxima wins, as in argmax
+            self.best = torch.where(highest > self.peak, where + first, self.best)
+        peak = torch.maximum(self.peak, highest)
+        # Of a slice that a bias masks whole, −inf − −inf would be NaN.
+        anchor = torch.where(peak == -torch.inf, 0, peak)
+        shrink = torch.exp(self.peak - anchor)
+        shifted = z.sub_(anchor)
+        finite = _finite(shifted) if self.sum_ez is not None else None
+        e = shifted.exp_()
+        if finite is not None:  # Σ e^(z−peak) (z−peak), carried over to the new peak
+            carried = torch.where(self.total > 0, (self.peak - anchor) * self.total, 0)
+            self.sum_ez = shrink * (self.sum_ez + carried) + _weighted_sum(e, finite)
+        if self.sum_ee is not None:
+            self.sum_ee = shrink**2 * self.sum_ee + _weighted_sum(e, e)
+        self.total = shrink * self.total + e.sum(-1, keepdim=True)
+        self.peak = peak
+
+    def finish(self, vocabulary: int) -> RowStats:
+        log_total = self.total.log()
+        extra = {}
+        if self.sum_z is not None:
+            extra["mean_logits"] = self.sum_z / vocabulary
+        if self.best is not None:
+            extra["is_top1"] = self.best == self.targets
+        if self.sum_ez is not None:
+            extra["entropy"] = log_total - self.sum_ez / self.total
+        if self.sum_ee is not None:
+            extra["log_sum_sq_probs"] = self.sum_ee.log() - 2 * log_total
+        extra = {name: value.squeeze(-1) for name, value in extra.items()}
+        logps = self.target_z - self.peak - log_total
+        return RowStats(logps.squeeze(-1), (self.peak + log_total).squeeze(-1), extra)
+
+
+def _project(
+    operand: Tensor, weight: Tensor, head: Head, first: int, last: int, *, out: Tensor
+) -> None:
+    """`out = scale·(h Wᵀ + b)`, divided by the temperature already where no softcap intervenes."""
+    scale = head.logit_scale if head.softcap is not None else head.logit_scale / head.temperature
+    if operand.dtype != out.dtype:
+        torch.mm(operand, weight.T, out_dtype=out.dtype, out=out)
+    elif scale == 1:
+        torch.mm(operand, weight.T, out=out)
+    else:
+        torch.addmm(out, operand, weight.T, beta=0, alpha=scale, out=out)
+    if operand.dtype != out.dtype and scale != 1:
+        out.mul_(scale)
+    if head.bias is not None:
+        out.add_(scale * head.bias[first:last].to(out.dtype))
+
+
+def _softcap_(z: Tensor, head: Head) -> Tensor:
+    """Caps `z` in place and returns 1 − tanh², the slope of the cap."""
+    z.div_(head.softcap).tanh_()
+    slope = 1 - z * z
+    z.mul_(head.softcap / head.temperature)
+    return slope
+
+
+def _slope(head: Head) -> float:
+    """∂z/∂(W h + b), but for the softcap's 1 − tanh²."""
+    return head.logit_scale / head.temperature
+
+
+def _add_at_targets(z: Tensor, targets: Tensor, first: int, value: Tensor) -> None:
+    """Adds `value (n, 1)` to `z (n, columns)` at each row's target, if it lies in this slice."""
+    local = (targets - first)[:, None]
+    here = (local >= 0) & (local < z.shape[1])
+    z.scatter_add_(-1, local.clamp(0, z.shape[1] - 1), torch.where(here, value, 0))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right`, accumulated in total's dtype."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
+def _finite(z: Tensor) -> Tensor:
+    """A copy without −inf, so that its product with a probability of 0 is 0."""
+    return z.clamp(min=torch.finfo(z.dtype).min)
+
+
+def _amax(z: Tensor) -> Tensor:
+    return z.amax(-1, keepdim=True)
+
+
+def _weighted_sum(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vecdot(a, b)[:, None]
+
+
+def _product_dtype(head: Head) -> torch.dtype:
+    """Half precision only where a product can keep its fp32 accumulator; else converted."""
+    if head.weight.device.type == "cuda" and _MM_OUT_DTYPE:
+        return head.compute_dtype
+    return head.accumulate_dtype
+
+
+def _operand(hidden: Tensor, head: Head) -> Tensor:
+    return hidden.to(head.compute_dtype).to(_product_dtype(head))
+
+
+def _weight_slices(head: Head, columns: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
+    """`(first, last, weight[first:last])` over the vocabulary, in the products' dtype.
+
+    Without `columns` the slices are as large as they can be: all of the weight, or
+    `_CONVERTED_ROWS` where a conversion makes a copy.
+    """
+    vocabulary, dtype = head.weight.shape[0], _product_dtype(head)
+    converts = head.weight.dtype != dtype
+    step = columns or (_CONVERTED_ROWS if converts else vocabulary)
+    for first in range(0, vocabulary, step):
+        last = min(first + step, vocabulary)
+        yield first, last, head.weight[first:last].to(head.compute_dtype).to(dtype)

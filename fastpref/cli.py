@@ -1,0 +1,211 @@
+"""The commands `fastpref train` and `fastpref verify`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from fastpref.backends import BACKENDS
+from fastpref.objectives import objective_names
+from fastpref.planner import SCHEDULES
+from fastpref.verify import SHAPES, Result, objectives_to_verify, verify
+
+app = typer.Typer(
+    help="Preference tuning without logits: train a model, verify the numbers on this machine.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+console = Console()
+
+_HYPERPARAMETERS = "Hyperparameters (the objective's defaults where not given)"
+_RUN = "The run"
+
+
+def _hyperparameter(flag: str, text: str) -> Any:
+    return typer.Option(flag, help=text, rich_help_panel=_HYPERPARAMETERS, show_default=False)
+
+
+def _run_option(text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel=_RUN)
+
+
+@app.command("train")
+def train_command(
+    model: Annotated[str, typer.Option(help="Checkpoint directory or model name.")],
+    data: Annotated[
+        Path, typer.Option(help="JSON lines: prompt, chosen, rejected, score_chosen, …")
+    ],
+    output: Annotated[Path, typer.Option(help="Directory for model, curves.png, results.json.")],
+    objective: Annotated[
+        str, typer.Option(help=f"One of {', '.join(objective_names())}.")
+    ] = "unidpo",
+    beta: Annotated[float | None, _hyperparameter("--beta", "β, margin scale")] = None,
+    label_smoothing: Annotated[
+        float | None, _hyperparameter("--label-smoothing", "ε of DPO and AdaDPO")
+    ] = None,
+    alpha: Annotated[float | None, _hyperparameter("--alpha", "α, R-DPO's length penalty")] = None,
+    eta: Annotated[float | None, _hyperparameter("--eta", "η, Uni-DPO's quality weight")] = None,
+    tau_ref: Annotated[
+        float | None, _hyperparameter("--tau-ref", "τ_ref, Uni-DPO's constant margin")
+    ] = None,
+    gamma: Annotated[
+        float | None, _hyperparameter("--gamma", "γ: SimPO's margin, Uni-DPO's focus")
+    ] = None,
+    nll_weight: Annotated[
+        float | None, _hyperparameter("--nll-weight", "λ of CPO and Uni-DPO")
+    ] = None,
+    tau_good: Annotated[
+        float | None, _hyperparameter("--tau-good", "τ_good, least score for Uni-DPO's NLL")
+    ] = None,
+    odds_weight: Annotated[float | None, _hyperparameter("--odds-weight", "λ of ORPO")] = None,
+    length_normalized: Annotated[
+        bool | None,
+        _hyperparameter("--length-normalized/--summed", "averages per token or sums"),
+    ] = None,
+    balance: Annotated[
+        bool | None,
+        _hyperparameter("--balance/--no-balance", "adaptive balance (AdaDPO) on any objective"),
+    ] = None,
+    balance_clip: Annotated[
+        float | None, _hyperparameter("--balance-clip", "κ, its bound; switches it on")
+    ] = None,
+    eval_data: Annotated[Path | None, _run_option("Pairs to evaluate on.")] = None,
+    holdout: Annotated[int, _run_option("Keep the last N pairs for evaluation.")] = 0,
+    epochs: Annotated[float, _run_option("Passes over the data.")] = 1.0,
+    max_steps: Annotated[int, _run_option("Stop after so many steps; -1 for all.")] = -1,
+    learning_rate: Annotated[float, _run_option("Peak of the cosine schedule.")] = 1e-6,
+    batch_size: Annotated[int, _run_option("Pairs a device and step.")] = 2,
+    grad_accum: Annotated[int, _run_option("Steps a weight update.")] = 1,
+    max_length: Annotated[int, _run_option("Tokens at which a sequence is cut.")] = 1024,
+    lora: Annotated[bool, _run_option("Train LoRA adapters on all linear layers.")] = False,
+    lora_rank: Annotated[int, _run_option("Rank of the adapters.")] = 16,
+    bf16: Annotated[bool, _run_option("Train in bfloat16 autocast.")] = False,
+    gradient_checkpointing: Annotated[bool, _run_option("Recompute activations.")] = False,
+    precompute_ref: Annotated[
+        bool, _run_option("Reference log-probabilities once, before training.")
+    ] = True,
+    schedule: Annotated[str, _run_option(f"One of {', '.join(SCHEDULES)}.")] = "auto",
+    seed: Annotated[int, _run_option("Of data order and adapters.")] = 0,
+    resume: Annotated[
+        bool, _run_option("Save checkpoints and continue from the last one.")
+    ] = False,
+) -> None:
+    """Tune a causal language model on preference pairs; curves and numbers go to OUTPUT."""
+    from fastpref.train import TrainSettings, train
+
+    given = {
+        "beta": beta,
+        "label_smoothing": label_smoothing,
+        "alpha": alpha,
+        "eta": eta,
+        "tau_ref": tau_ref,
+        "gamma": gamma,
+        "nll_weight": nll_weight,
+        "tau_good": tau_good,
+        "odds_weight": odds_weight,
+        "length_normalized": length_normalized,
+        "balance": balance if balance_clip is None else {"clip": balance_clip},
+    }
+    settings = TrainSettings(
+        model=model,
+        data=data,
+        output=output,
+        objective=objective,
+        hyperparameters={name: value for name, value in given.items() if value is not None},
+        eval_data=eval_data,
+        holdout=holdout,
+        epochs=epochs,
+        max_steps=max_steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        grad_accum=grad_accum,
+        max_length=max_length,
+        lora=lora,
+        lora_rank=lora_rank,
+        bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing,
+        precompute_ref=precompute_ref,
+        schedule=schedule,
+        seed=seed,
+        resume=resume,
+    )
+    try:
+        train(settings, console)
+    except (ValueError, OSError) as problem:
+        console.print(f"[red]error:[/red] {problem}", soft_wrap=True, highlight=False)
+        raise typer.Exit(2) from None
+
+
+@app.command("verify")
+def verify_command(
+    device: Annotated[str, typer.Option(help="Device; default the accelerator, or cpu.")] = "",
+    backend: Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")] = "auto",
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float64, float32, bfloat16, float16; repeatable.")
+    ] = None,
+    objective: Annotated[
+        list[str] | None, typer.Option(help="Only these objectives; repeatable.")
+    ] = None,
+) -> None:
+    """Compare every objective and schedule with the float64 reference on this machine.
+
+    The table shows the largest error over all shapes as a share of the allowed one, and which
+    quantity has it: log-probabilities ℓ, loss L or a gradient. Exit status 1 if any exceeds 1.
+    """
+    if not device:
+        accelerator = torch.accelerator.current_accelerator()
+        device = accelerator.type if accelerator else "cpu"
+    names = dtype or ["float64", "float32", "bfloat16", "float16"]
+    dtypes = {name: getattr(torch, name, None) for name in names}
+    chosen = objectives_to_verify()
+    if objective:
+        unknown = set(objective) - set(chosen)
+        if unknown:
+            _fail(f"unknown objective {sorted(unknown)}; expected some of {list(chosen)}")
+        chosen = {name: chosen[name] for name in objective}
+    for name, value in dtypes.items():
+        if not isinstance(value, torch.dtype) or not value.is_floating_point:
+            _fail(f"unknown dtype {name!r}")
+    if backend not in BACKENDS:
+        _fail(f"unknown backend {backend!r}; expected one of {BACKENDS}")
+
+    table = Table(title=f"largest error / allowed error, {device}, {len(SHAPES)} shapes a cell")
+    table.add_column("objective", no_wrap=True)
+    table.add_column("schedule", no_wrap=True)
+    for name in dtypes:
+        table.add_column(name, justify="right", no_wrap=True)
+    failures = checks = 0
+    for name, each in track(chosen.items(), "verifying", console=console, transient=True):
+        cells: dict[str, list[str]] = {}
+        for dtype_ in dtypes.values():
+            found = [verify(each, shape, dtype_, device, backend) for shape in SHAPES]
+            for schedule in found[0]:
+                results = [result for by_schedule in found for result in by_schedule[schedule]]
+                failures += sum(not result.passed for result in results)
+                checks += len(results)
+                cells.setdefault(schedule, []).append(_cell(results))
+        for schedule, of_dtypes in cells.items():
+            table.add_row(name, schedule, *of_dtypes)
+    console.print(table)
+    verdict = "all within the allowed error" if not failures else f"{failures} beyond it"
+    console.print(f"{checks} comparisons with float64, {verdict}")
+    if failures:
+        raise typer.Exit(1)
+
+
+def _cell(results: list[Result]) -> str:
+    worst = max(results, key=lambda r: math.inf if math.isnan(r.ratio) else r.ratio)
+    colour = "green" if all(result.passed for result in results) else "bold red"
+    return f"[{colour}]{worst.ratio:.2f}[/] {worst.quantity}"
+
+
+def _fail(message: str) -> None:
+    console.print(f"[red]error:[/red] {message}", soft_wrap=True, highlight=False)
+    raise typer.Exit(2)

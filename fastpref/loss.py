@@ -1,0 +1,333 @@
+"""The public functions: `preference_loss`, `sequence_logps`, `linear_logps`.
+
+Each validates, compacts, asks the planner for a schedule and runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastpref import reference
+from fastpref.backends import Head, accumulate_dtype, choose_backend
+from fastpref.objectives import Objective, mean_or_zero, pair_metrics
+from fastpref.planner import Plan, Workload, make_plan
+from fastpref.schedules import PairGroups, PairInputs, TokenLogps
+from fastpref.sequences import Rows
+from fastpref.validation import check_head, check_objective, check_sequences
+
+
+@dataclass(frozen=True)
+class PreferenceOutput:
+    """What `preference_loss` returns.
+
+    Args:
+        loss: scalar, or `(B,)` with `reduction="none"`; the one differentiable field. fp32, as
+            all others (float64 where hidden is).
+        losses: loss of each pair `(B,)`.
+        logps: log-probability of each response `(2B,)`, nats, chosen first.
+        lengths: scored tokens of each response `(2B,)`, int64, chosen first.
+        metrics: scalars by name, means over the pairs in which both responses have a scored token:
+            `rewards/*` (β times nats), `logps/*` (nats), the objective's weights and balance; with
+            `stats` also `entropy` (nats), `logits/chosen`, `logits/rejected`, and
+            `mean_token_accuracy` (of chosen tokens, as TRL has it).
+        plan: the schedule that ran; `print(output.plan)` says why.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    logps: Tensor
+    lengths: Tensor
+    metrics: dict[str, Tensor]
+    plan: Plan | None = None
+
+
+def preference_loss(
+    hidden: Tensor,  # (2B, T, H), or (total, H) with cu_seqlens
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # hidden's leading shape, int64
+    objective: Objective | str,
+    *,
+    ref_logps: Tensor | None = None,  # (2B,)
+    scores: Tensor | None = None,  # (2B,)
+    cu_seqlens: Tensor | None = None,  # (2B + 1,)
+    token_weights: Tensor | None = None,  # as targets
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+    schedule: str = "auto",
+    logits_budget: int | None = None,
+    stats: Sequence[str] = (),
+) -> PreferenceOutput:
+    """Preference loss of a batch of pairs straight from hidden states; logits are never held.
+
+    Sequences `0..B-1` are the chosen responses, `B..2B-1` the rejected ones, in every argument and
+    result. Logits are `softcap·tanh(logit_scale·(W h + bias)/softcap)/temperature`. Prompt and
+    padding positions carry the target -100 and are skipped, whatever hidden holds there.
+
+    Args:
+        hidden: final hidden states, before the LM head: `(2B, T, H)`, or packed `(total, H)`.
+            bf16, fp16, fp32 or fp64; in autocast operands are rounded to autocast's dtype.
+        weight: LM head `(V, H)`, hidden's dtype (any float in autocast).
+        targets: the token that each position predicts, -100 where not scored; `shift_targets`
+            makes them from token ids.
+        objective: `DPO(beta=0.1)`, … or an `Objective` of your own; a name takes its defaults.
+        ref_logps: log-probabilities of the responses under the reference, nats; see
+            `sequence_logps`. Needed by every objective with a reference.
+        scores: quality of the responses, any scale; needed by Uni-DPO.
+        cu_seqlens: integer offsets of the packed sequences, from 0 to `total`.
+        token_weights: constant weight of each token's log-probability, 1 by default.
+        bias: bias of the LM head.
+        reduction: "mean" over pairs (a pair of weight 0 counts), "sum" or "none".
+        backend: "auto", "torch", "triton" or "reference"; one that cannot run is an error.
+        schedule: "auto", "frozen_head" (2 U), "pair_groups" (3 U) or "recompute" (4 U), where U is
+            one matrix product of all scored tokens; see `planner`. Without gradients 1 U.
+        logits_budget: bytes of logits to hold at once; default 128 MiB on a CPU, else 1 GiB.
+        stats: any of "entropy", "mean_logits", "is_top1", to be averaged into `metrics`.
+
+    A response with no scored token has log-probability 0 and length 0; its pair adds loss 0 and no
+    gradient. NaN or infinity in a scored row makes the loss non-finite. With "pair_groups" the
+    gradients are handed over in the first backward, and a second one is an error.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the message names it and says what
+            was expected. Values (targets in range, finite scores) raise at once on a CPU and by an
+            asynchronous assertion on an accelerator.
+    """
+    head_fields = {
+        "bias": bias,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "temperature": temperature,
+    }
+    head, stats = _checked_head(hidden, weight, targets, stats, logits_budget, **head_fields)
+    sequences = check_sequences(hidden, targets, cu_seqlens, token_weights, paired=True)
+    objective = check_objective(
+        objective,
+        sequences,
+        hidden.device,
+        ref_logps=ref_logps,
+        scores=scores,
+        reduction=reduction,
+    )
+    chosen_backend = choose_backend(backend, hidden.device)
+    if backend == "reference":
+        return reference.preference_loss(
+            hidden,
+            weight,
+            targets,
+            objective,
+            ref_logps=ref_logps,
+            scores=scores,
+            cu_seqlens=cu_seqlens,
+            token_weights=token_weights,
+            reduction=reduction,
+            stats=stats,
+            **head_fields,
+        )
+    rows = Rows.of(targets, cu_seqlens, token_weights, paired=True)
+    flat = hidden.flatten(0, -2)
+    plan = make_plan(
+        _workload(flat, head, rows.counts),
+        schedule=schedule,
+        budget=logits_budget,
+        pairs=True,
+        couples_pairs=objective.couples_pairs,
+        reduces=reduction != "none",
+    )
+    inputs = PairInputs(rows, ref_logps, scores)
+    divisor = sequences // 2 if reduction == "mean" else 1
+    if plan.schedule == "pair_groups":
+        loss, losses, logps, *extra = PairGroups.apply(
+            flat, weight, bias, rows, inputs, objective, divisor, head, plan, chosen_backend, stats
+        )
+    else:
+        per_row, *extra = TokenLogps.apply(
+            flat, weight, bias, rows.targets, rows.index, head, plan, chosen_backend, stats
+        )
+        logps = rows.in_batch_order(rows.sums(per_row))
+        losses = inputs.losses(objective, logps.view(2, -1))
+        loss = losses if reduction == "none" else losses.sum() / divisor
+    logps = logps.detach()
+    pairs, _ = inputs.pairs(logps.view(2, -1))
+    metrics = pair_metrics(objective, pairs)
+    metrics |= _token_metrics(rows, dict(zip(stats, extra, strict=True)))
+    return PreferenceOutput(loss, losses.detach(), logps, rows.lengths, metrics, plan)
+
+
+def sequence_logps(
+    hidden: Tensor,  # (S, T, H), or (total, H) with cu_seqlens
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # hidden's leading shape, int64
+    *,
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+    token_weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    logits_budget: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of whole responses, without gradient: what a reference model is asked for.
+
+    Arguments as in `preference_loss`, for any number of sequences S. One matrix product; nothing
+    of size tokens × vocabulary is held.
+
+    Returns:
+        Sums of (weighted) token log-probabilities `(S,)`, nats, fp32, and numbers of scored tokens
+        `(S,)`, int64. In batches of pairs, `ref_logps` is the first of the two.
+    """
+    head_fields = {
+        "bias": bias,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "temperature": temperature,
+    }
+    head, _ = _checked_head(hidden, weight, targets, (), logits_budget, **head_fields)
+    check_sequences(hidden, targets, cu_seqlens, token_weights, paired=False)
+    chosen_backend = choose_backend(backend, hidden.device)
+    with torch.no_grad():
+        if backend == "reference":
+            return reference.sequence_logps(
+                hidden,
+                weight,
+                targets,
+                cu_seqlens=cu_seqlens,
+                token_weights=token_weights,
+                **head_fields,
+            )
+        rows = Rows.of(targets, cu_seqlens, token_weights, paired=False)
+        flat = hidden.flatten(0, -2)
+        plan = make_plan(_workload(flat, head, rows.counts), budget=logits_budget)
+        per_row, *_ = TokenLogps.apply(
+            flat, weight, bias, rows.targets, rows.index, head, plan, chosen_backend, ()
+        )
+        return rows.sums(per_row), rows.lengths
+
+
+def linear_logps(
+    hidden: Tensor,  # (N, H), or any leading shape
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (N,)
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    schedule: str = "auto",
+    logits_budget: int | None = None,
+    stats: Sequence[str] = (),
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Log-probability of each target, differentiable with any upstream gradient.
+
+    Arguments as in `preference_loss`; `schedule` is "auto", "frozen_head" (2 U) or "recompute"
+    (4 U). Entropy is differentiable too (its gradient recomputes the logits once).
+
+    Args:
+        stats: any of "entropy" (nats), "mean_logits", "is_top1" (bool) and "log_sum_sq_probs"
+            (log Σ p²), to be returned for each token.
+
+    Returns:
+        Log-probabilities in targets' shape, nats, fp32, 0 where the target is -100; with `stats`
+        a pair of them and a dictionary of further tensors of that shape.
+    """
+    head_fields = {
+        "bias": bias,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "temperature": temperature,
+    }
+    head, stats = _checked_head(hidden, weight, targets, stats, logits_budget, **head_fields)
+    chosen_backend = choose_backend(backend, hidden.device)
+    flat, wanted = hidden.flatten(0, -2), targets.flatten()
+    if backend == "reference":
+        found = reference.token_statistics(flat, weight, wanted, **head_fields)
+        found = {name: value.view(targets.shape) for name, value in found.items()}
+        return (found["logps"], {s: found[s] for s in stats}) if stats else found["logps"]
+    index = (wanted != -100).nonzero().flatten()
+    if len(index) == len(wanted):
+        index = None
+    else:
+        wanted = wanted[index]
+    plan = make_plan(_workload(flat, head, [len(wanted)]), schedule=schedule, budget=logits_budget)
+    outputs = TokenLogps.apply(flat, weight, bias, wanted, index, head, plan, chosen_backend, stats)
+    if index is not None:
+        outputs = [x.new_zeros(len(flat)).index_copy(0, index, x) for x in outputs]
+    logps, *extra = (x.view(targets.shape) for x in outputs)
+    return (logps, dict(zip(stats, extra, strict=True))) if stats else logps
+
+
+def _checked_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    stats: Sequence[str],
+    logits_budget: int | None,
+    *,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> tuple[Head, tuple[str, ...]]:
+    stats = tuple(stats)
+    device_type = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
+    autocast = torch.amp.is_autocast_available(device_type)
+    autocast = autocast and torch.is_autocast_enabled(device_type)
+    check_head(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        softcap=softcap,
+        temperature=temperature,
+        stats=stats,
+        logits_budget=logits_budget,
+        autocast=autocast,
+    )
+    dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
+    return Head(weight, bias, logit_scale, softcap, temperature, dtype), stats
+
+
+def _workload(flat: Tensor, head: Head, counts: list[int]) -> Workload:
+    grad = torch.is_grad_enabled()
+    head_tensors = [x for x in (head.weight, head.bias) if x is not None]
+    return Workload(
+        counts=tuple(counts),
+        hidden_size=flat.shape[1],
+        vocabulary=len(head.weight),
+        dtype=flat.dtype,
+        accumulate_dtype=accumulate_dtype(head.compute_dtype),
+        device=flat.device.type,
+        total_rows=len(flat),
+        hidden_grad=grad and flat.requires_grad,
+        head_grad=grad and any(x.requires_grad for x in head_tensors),
+    )
+
+
+def _token_metrics(rows: Rows, stats: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Means over scored tokens. Rows lie pair after pair: chosen, rejected, chosen, …"""
+    if not stats:
+        return {}
+    is_chosen = torch.zeros(2, len(rows.counts) // 2, device=rows.index.device)
+    is_chosen[0] = 1
+    sides = is_chosen.T.flatten().repeat_interleave(
+        rows.offsets.diff(), output_size=len(rows.index)
+    )
+    chosen = sides.bool()
+    metrics = {}
+    if "entropy" in stats:
+        metrics["entropy"] = mean_or_zero(stats["entropy"])
+    if "is_top1" in stats:
+        metrics["mean_token_accuracy"] = mean_or_zero(stats["is_top1"][chosen].float())
+    if "mean_logits" in stats:
+        metrics["logits/chosen"] = mean_or_zero(stats["mean_logits"][chosen])
+        metrics["logits/rejected"] = mean_or_zero(stats["mean_logits"][~chosen])
+    return metrics

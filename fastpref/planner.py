@@ -1,0 +1,269 @@
+"""Which schedule, how large its groups and tiles, what it will use, and why.
+
+Everything here is arithmetic on shapes; no tensor is touched, so the same formulas answer in
+advance what a batch would need. U is one matrix product, 2·N·H·V FLOP for N scored rows.
+
+    schedule      products   holds besides inputs and gradients
+    forward       1 U        one tile
+    frozen_head   2 U        one group of rows × vocabulary; N × H of gradient rows
+    pair_groups   3 U        one group of whole pairs × vocabulary
+    recompute     4 U (3 U frozen)   one tile
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+SCHEDULES = ("auto", "frozen_head", "pair_groups", "recompute")
+
+MIB = 2**20
+# Enough rows for the products to run at full speed, small beside a model's gradients.
+DEFAULT_BUDGET = {"cpu": 128 * MIB}
+DEFAULT_ACCELERATOR_BUDGET = 1024 * MIB
+# Tiles are folded or consumed at once, so they need no more than keeps the products efficient.
+_TILE_SHARE = 8
+_MIN_TILE_COLUMNS = 512
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the planner decided.
+
+    Args:
+        schedule: "forward", "frozen_head", "pair_groups" or "recompute".
+        reason: why this schedule, one sentence.
+        groups: ranges of rows whose logits are held together; with "pair_groups" ranges of pairs.
+        group_rows: the most rows of logits held at once.
+        tile: rows × vocabulary columns of a tile.
+        flop: floating-point operations of all matrix products, forward and backward.
+        logits_bytes: bytes of logits held at once; never more than the budget.
+        extra_bytes: predicted peak of everything allocated besides inputs and parameters:
+            gradients, accumulators, logits and saved rows.
+        naive_bytes: the same for materialised logits with their gradient.
+    """
+
+    schedule: str
+    reason: str
+    groups: tuple[tuple[int, int], ...]
+    group_rows: int
+    tile: tuple[int, int]
+    flop: int
+    logits_bytes: int
+    extra_bytes: int
+    naive_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.schedule}: {self.reason}; {self.flop / 1e12:.2f} TFLOP, "
+            f"{self.logits_bytes / MIB:,.0f} MiB of logits at a time, "
+            f"{self.extra_bytes / MIB:,.0f} MiB in all (naive {self.naive_bytes / MIB:,.0f} MiB)"
+        )
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The shapes a plan is made for.
+
+    Args:
+        counts: scored rows of each sequence; of pairs in the order chosen, rejected.
+        hidden_size: H.
+        vocabulary: V.
+        dtype: of hidden and weight.
+        accumulate_dtype: of logits and log-probabilities.
+        device: type of the device, such as "cpu" or "cuda".
+        total_rows: rows of hidden, scored or not.
+        hidden_grad: hidden requires a gradient.
+        head_grad: weight or bias requires a gradient.
+    """
+
+    counts: tuple[int, ...]
+    hidden_size: int
+    vocabulary: int
+    dtype: torch.dtype
+    accumulate_dtype: torch.dtype
+    device: str
+    total_rows: int
+    hidden_grad: bool
+    head_grad: bool
+
+    @property
+    def rows(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.vocabulary * self.accumulate_dtype.itemsize
+
+
+def make_plan(
+    work: Workload,
+    *,
+    schedule: str = "auto",
+    budget: int | None = None,
+    pairs: bool = False,
+    couples_pairs: bool = False,
+    reduces: bool = True,
+) -> Plan:
+    """Chooses schedule, groups and tile.
+
+    Args:
+        work: the shapes.
+        schedule: one of `SCHEDULES`.
+        budget: bytes of logits to hold at once; None for 128 MiB on a CPU and 1 GiB elsewhere.
+        pairs: the rows are pairs under an objective (False: token log-probabilities).
+        couples_pairs: the objective looks across pairs.
+        reduces: the losses become one number, so that its gradient is known up to a factor.
+
+    Raises:
+        ValueError: an unknown schedule, one that cannot give the gradients asked for, or a budget
+            that does not hold one row of logits.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; expected one of {list(SCHEDULES)}")
+    if budget is None:
+        budget = DEFAULT_BUDGET.get(work.device, DEFAULT_ACCELERATOR_BUDGET)
+    if budget < work.row_bytes:
+        raise ValueError(
+            f"logits_budget={budget} bytes does not hold one row of logits: "
+            f"{work.vocabulary} × {work.accumulate_dtype.itemsize} = {work.row_bytes} bytes"
+        )
+    group_rows = budget // work.row_bytes
+    chosen, reason = _choose(
+        work, schedule, group_rows, pairs=pairs, couples_pairs=couples_pairs, reduces=reduces
+    )
+    groups: tuple[tuple[int, int], ...] = ()
+    if chosen == "frozen_head":
+        groups = even_ranges(work.rows, group_rows)
+        held = max(b - a for a, b in groups)
+    elif chosen == "pair_groups":
+        groups = _pair_ranges(work.counts, group_rows)
+        held = min(group_rows, max(sum(work.counts[2 * a : 2 * b]) for a, b in groups))
+    else:
+        held = 0
+    tile = _tile(work, budget)
+    return Plan(
+        schedule=chosen,
+        reason=reason,
+        groups=groups,
+        group_rows=held,
+        tile=tile,
+        flop=_flop(work, chosen, group_rows),
+        logits_bytes=held * work.row_bytes or tile[0] * tile[1] * work.accumulate_dtype.itemsize,
+        extra_bytes=_extra_bytes(work, chosen, held, tile),
+        naive_bytes=_naive_bytes(work),
+    )
+
+
+def _choose(
+    work: Workload,
+    schedule: str,
+    group_rows: int,
+    *,
+    pairs: bool,
+    couples_pairs: bool,
+    reduces: bool,
+) -> tuple[str, str]:
+    if not (work.hidden_grad or work.head_grad):
+        return "forward", "no gradient is wanted"
+    obstacle = _pair_groups_obstacle(pairs, couples_pairs, reduces)
+    if schedule == "frozen_head" and work.head_grad:
+        raise ValueError(
+            "schedule='frozen_head' gives no gradient to the head, but weight or bias requires "
+            "one; use 'auto', 'pair_groups' or 'recompute'"
+        )
+    if schedule == "pair_groups" and obstacle:
+        raise ValueError(f"schedule='pair_groups' is not possible: {obstacle}; use 'recompute'")
+    if schedule != "auto":
+        return schedule, "asked for"
+    if not work.head_grad:
+        return "frozen_head", "the head is frozen"
+    if obstacle:
+        return "recompute", obstacle
+    pair_rows = [c + r for c, r in zip(work.counts[::2], work.counts[1::2], strict=True)]
+    if min(pair_rows) > group_rows:
+        return "recompute", f"no pair fits the budget of {group_rows} rows of logits"
+    return "pair_groups", "the head trains and pairs are independent"
+
+
+def _pair_groups_obstacle(pairs: bool, couples_pairs: bool, reduces: bool) -> str:
+    if not pairs:
+        return "token log-probabilities take any upstream gradient"
+    if couples_pairs:
+        return "the objective couples pairs"
+    if not reduces:
+        return "reduction='none' takes any upstream gradient"
+    return ""
+
+
+def even_ranges(rows: int, most: int) -> tuple[tuple[int, int], ...]:
+    """0..rows in as few ranges of at most `most` as can be, equal but for the last."""
+    if not rows:
+        return ((0, 0),)
+    size = -(-rows // -(-rows // most))
+    return tuple((i, min(i + size, rows)) for i in range(0, rows, size))
+
+
+def _pair_ranges(counts: tuple[int, ...], most: int) -> tuple[tuple[int, int], ...]:
+    """Consecutive pairs whose rows fit together; a pair that does not fit stands alone."""
+    ranges, first, held = [], 0, 0
+    for pair, (chosen, rejected) in enumerate(zip(counts[::2], counts[1::2], strict=True)):
+        if held and held + chosen + rejected > most:
+            ranges.append((first, pair))
+            first, held = pair, 0
+        held += chosen + rejected
+    ranges.append((first, len(counts) // 2))
+    return tuple(ranges)
+
+
+def _tile(work: Workload, budget: int) -> tuple[int, int]:
+    """Many rows × some columns: each slice of the weight is read once for as many rows as fit."""
+    elements = max(budget // _TILE_SHARE, work.row_bytes) // work.accumulate_dtype.itemsize
+    rows = max(1, min(work.rows, elements // min(_MIN_TILE_COLUMNS, work.vocabulary)))
+    return rows, min(work.vocabulary, elements // rows)
+
+
+def _flop(work: Workload, schedule: str, group_rows: int) -> int:
+    product = 2 * work.rows * work.hidden_size * work.vocabulary
+    wanted = work.hidden_grad + work.head_grad
+    if schedule == "forward":
+        return product
+    if schedule == "recompute":
+        return product * (2 + wanted)
+    again = 0
+    if schedule == "pair_groups":  # pairs beyond the budget are projected twice
+        pairs = zip(work.counts[::2], work.counts[1::2], strict=True)
+        again = sum(c + r for c, r in pairs if c + r > group_rows)
+    return product * (1 + wanted) + 2 * again * work.hidden_size * work.vocabulary
+
+
+def _gradient_bytes(work: Workload) -> int:
+    """The gradients handed to autograd, in the parameters' dtype."""
+    elements = work.hidden_grad * work.total_rows * work.hidden_size
+    elements += work.head_grad * work.vocabulary * work.hidden_size
+    return elements * work.dtype.itemsize
+
+
+def _extra_bytes(work: Workload, schedule: str, held: int, tile: tuple[int, int]) -> int:
+    wide = work.accumulate_dtype.itemsize
+    converted = wide != work.dtype.itemsize
+    tile_bytes = tile[0] * tile[1] * wide
+    row_set = work.rows * work.hidden_size  # one (N, H)
+    if schedule == "forward":
+        return tile_bytes + row_set * work.dtype.itemsize
+    gradients = _gradient_bytes(work)
+    if schedule == "frozen_head":
+        return held * work.row_bytes + row_set * wide + gradients
+    if schedule == "pair_groups":
+        # Accumulators become the gradients where no conversion is needed.
+        accumulators = work.head_grad * work.vocabulary * work.hidden_size * wide * converted
+        accumulators += work.hidden_grad * row_set * wide * converted
+        return held * work.row_bytes + 2 * held * work.hidden_size * wide + gradients + accumulators
+    compacted = row_set * (work.dtype.itemsize + wide * (1 + converted))
+    return tile_bytes + compacted + gradients
+
+
+def _naive_bytes(work: Workload) -> int:
+    """Logits, their log-softmax and its gradient in float32, and the parameters' gradients."""
+    return 3 * work.total_rows * work.row_bytes + _gradient_bytes(work)

@@ -1,0 +1,336 @@
+"""The schedules, as autograd functions over a backend's four primitives.
+
+`TokenLogps` yields per-row log-probabilities; what follows them, sums and objective, is ordinary
+autograd, whose gradient per row comes back as one coefficient. Its backward either multiplies
+rows of gradient kept from the forward (`frozen_head`) or computes the logits once more
+(`recompute`).
+
+`PairGroups` goes further in the forward: with a group of whole pairs at hand the objective can
+already say its coefficients, so the gradients are finished while the logits are still there.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastpref.backends import Backend, Grads, Head, RowStats
+from fastpref.objectives import Objective, PairLogps
+from fastpref.planner import Plan, even_ranges
+from fastpref.sequences import Rows
+
+
+class TokenLogps(torch.autograd.Function):
+    """`(logps, *stats)`, each `(n,)`, of the rows `index` of hidden; entropy is differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (M, H)
+        weight: Tensor,  # (V, H)
+        bias: Tensor | None,  # (V,)
+        targets: Tensor,  # (n,)
+        index: Tensor | None,  # (n,) rows of hidden, None for all
+        head: Head,  # scalars; its tensors are replaced by the arguments
+        plan: Plan,
+        backend: Backend,
+        stats: tuple[str, ...],
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        with _no_autocast(hidden):
+            rows = hidden if index is None else hidden.index_select(0, index)
+            if plan.schedule == "frozen_head":
+                found, kept = _forward_with_row_gradients(rows, targets, head, plan, backend, stats)
+            else:
+                found, kept = backend.forward(rows, targets, head, plan.tile, stats), None
+        entropy = found.extra.get("entropy")
+        ctx.save_for_backward(hidden, weight, bias, targets, index, found.lse, entropy, kept)
+        ctx.settings = (head.logit_scale, head.softcap, head.temperature, head.compute_dtype)
+        ctx.plan, ctx.backend, ctx.stats = plan, backend, stats
+        ctx.mark_non_differentiable(*(found.extra[name] for name in stats if name != "entropy"))
+        return found.logps, *(found.extra[name] for name in stats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, coef: Tensor | None, *of_stats: Tensor | None) -> tuple:
+        hidden, weight, bias, targets, index, lse, entropy, kept = ctx.saved_tensors
+        of_entropy = dict(zip(ctx.stats, of_stats, strict=True)).get("entropy")
+        wants = tuple(ctx.needs_input_grad[:3])
+        if coef is None:
+            coef = torch.zeros_like(lse)
+        if kept is not None and of_entropy is None:
+            grad_rows = (kept * coef[:, None]).to(hidden.dtype)
+            grads = (_at_rows(grad_rows, index, hidden), None, None)
+            return *grads, *[None] * 6
+        with _no_autocast(hidden):
+            head = Head(weight, bias, *ctx.settings)
+            entropy_terms = None if of_entropy is None else (entropy, of_entropy)
+            live = _live_rows(coef, of_entropy)
+            if live is not None:
+                index = live if index is None else index[live]
+                targets, lse, coef = targets[live], lse[live], coef[live]
+                if of_entropy is not None:
+                    entropy_terms = (entropy[live], of_entropy[live])
+            rows = hidden if index is None else hidden.index_select(0, index)
+            found = ctx.backend.recompute_backward(
+                rows, targets, head, lse, coef, entropy_terms, ctx.plan.tile, wants
+            )
+        grad_hidden = None
+        if wants[0]:
+            grad_hidden = _at_rows(found.hidden.to(hidden.dtype), index, hidden)
+        return grad_hidden, found.weight, found.bias, *[None] * 6
+
+
+def _forward_with_row_gradients(
+    rows: Tensor,  # (n, H)
+    targets: Tensor,
+    head: Head,
+    plan: Plan,
+    backend: Backend,
+    stats: tuple[str, ...],
+) -> tuple[RowStats, Tensor]:
+    """Statistics, and ∂ℓ_t/∂h_t `(n, H)`: it depends on no coefficient, so it can be had now."""
+    kept = rows.new_empty(rows.shape, dtype=head.accumulate_dtype)
+    buffer = rows.new_empty(plan.group_rows, len(head.weight), dtype=head.accumulate_dtype)
+    parts = []
+    for a, b in plan.groups:
+        part = backend.group_forward(rows[a:b], targets[a:b], head, buffer[: b - a], stats)
+        grads = Grads(kept[a:b], None, None)
+        backend.group_backward(rows[a:b], head, buffer[: b - a], part.factor, grads)
+        parts.append(part)
+    return RowStats.concatenate(parts), kept
+
+
+class PairGroups(torch.autograd.Function):
+    """`(loss, losses (B,), logps (2B,), *stats (N,))`; only the loss is differentiable.
+
+    Gradients leave the forward for an upstream gradient of 1 and are scaled in the backward, in
+    place and without a device synchronisation, then handed over: a second backward is an error.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (M, H)
+        weight: Tensor,  # (V, H)
+        bias: Tensor | None,  # (V,)
+        rows: Rows,
+        pair_inputs: PairInputs,
+        objective: Objective,
+        divisor: int,  # B for the mean
+        head: Head,
+        plan: Plan,
+        backend: Backend,
+        stats: tuple[str, ...],
+    ) -> tuple[Tensor, ...]:
+        dtype = head.accumulate_dtype
+        grad_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if hidden.requires_grad else None
+        grads = Grads(
+            grad_hidden,
+            weight.new_zeros(weight.shape, dtype=dtype) if weight.requires_grad else None,
+            None
+            if bias is None or not bias.requires_grad
+            else bias.new_zeros(bias.shape, dtype=dtype),
+        )
+        with _no_autocast(hidden):
+            group = _PairGroup(hidden, rows, head, plan, backend, stats, grads)
+            for first, last in plan.groups:
+                group.run(first, last, pair_inputs, objective, divisor)
+        losses = torch.cat(group.losses)
+        logps = rows.in_batch_order(torch.cat(group.logps))
+        found = RowStats.concatenate(group.parts)
+        extra = [found.extra[name] for name in stats]
+        ctx.grads = grads
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(losses, logps, *extra)
+        return losses.sum() / divisor, losses, logps, *extra
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple:
+        if ctx.grads is None:
+            raise RuntimeError(
+                "preference_loss handed its gradients over in the first backward; for a second "
+                "one through the same loss use schedule='recompute'"
+            )
+        grads, ctx.grads = ctx.grads, None
+        # Rounded once, after scaling: fp16 gradients of an unscaled loss would underflow.
+        scaled = [
+            None if grad is None else _scale_(grad, upstream).to(dtype)
+            for grad, dtype in zip(
+                (grads.hidden, grads.weight, grads.bias), ctx.dtypes, strict=True
+            )
+        ]
+        return *scaled, *[None] * 8
+
+
+class _PairGroup:
+    """Runs group after group of whole pairs through one buffer."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        rows: Rows,
+        head: Head,
+        plan: Plan,
+        backend: Backend,
+        stats: tuple[str, ...],
+        grads: Grads,
+    ) -> None:
+        self.hidden, self.rows, self.head = hidden, rows, head
+        self.plan, self.backend, self.stats, self.grads = plan, backend, stats, grads
+        shape = (plan.group_rows, len(head.weight))
+        self.buffer = hidden.new_empty(shape, dtype=head.accumulate_dtype)
+        self.parts: list[RowStats] = []
+        self.losses: list[Tensor] = []
+        self.logps: list[Tensor] = []
+
+    def run(
+        self,
+        first: int,
+        last: int,
+        pair_inputs: PairInputs,
+        objective: Objective,
+        divisor: int,
+    ) -> None:
+        """Losses and gradients of the pairs `first:last`."""
+        rows = self.rows
+        start, stop = sum(rows.counts[: 2 * first]), sum(rows.counts[: 2 * last])
+        pieces = [(start + a, start + b) for a, b in even_ranges(stop - start, len(self.buffer))]
+        parts = [self._project(a, b) for a, b in pieces]
+        self.parts += parts
+        group = RowStats.concatenate(parts)
+        logps = rows.sums(group.logps, 2 * first, 2 * last)
+        losses, coefs = pair_inputs.weigh(objective, logps, first, last)
+        self.logps.append(logps)
+        self.losses.append(losses)
+        coef = rows.spread(coefs / divisor, 2 * first)
+        for (a, b), part in zip(pieces, parts, strict=True):
+            if len(pieces) > 1:  # a pair beyond the budget: its buffer has been overwritten
+                part = self._project(a, b)
+            of_piece = coef[a - start : b - start]
+            for i, j in _live_ranges(of_piece):
+                self._backward(a, i, j, part.factor * of_piece)
+
+    def _project(self, a: int, b: int) -> RowStats:
+        operand = self.hidden.index_select(0, self.rows.index[a:b])
+        targets, buffer = self.rows.targets[a:b], self.buffer[: b - a]
+        return self.backend.group_forward(operand, targets, self.head, buffer, self.stats)
+
+    def _backward(self, start: int, i: int, j: int, factor: Tensor) -> None:
+        index = self.rows.index[start + i : start + j]
+        operand = self.hidden.index_select(0, index)
+        of_rows = None
+        if self.grads.hidden is not None:
+            of_rows = operand.new_empty(operand.shape, dtype=self.head.accumulate_dtype)
+        grads = Grads(of_rows, self.grads.weight, self.grads.bias)
+        self.backend.group_backward(operand, self.head, self.buffer[i:j], factor[i:j], grads)
+        if of_rows is not None:
+            self.grads.hidden.index_copy_(0, index, of_rows)
+
+
+class PairInputs:
+    """The per-sequence inputs of an objective, and the step from log-probabilities to losses.
+
+    A pair of which a response has no scored token counts with loss 0 and no gradient: the
+    objective never sees it.
+    """
+
+    def __init__(self, rows: Rows, ref_logps: Tensor | None, scores: Tensor | None) -> None:
+        pairs = list(zip(rows.counts[::2], rows.counts[1::2], strict=True))
+        self.counted = [chosen > 0 and rejected > 0 for chosen, rejected in pairs]
+        # (2, B): chosen and rejected
+        self.lengths = rows.lengths.view(2, -1)
+        self.ref_logps = None if ref_logps is None else ref_logps.detach().view(2, -1)
+        self.scores = None if scores is None else scores.detach().view(2, -1)
+
+    def pairs(
+        self, logps: Tensor, first: int = 0, last: int | None = None
+    ) -> tuple[PairLogps, Tensor | None]:
+        """The counted pairs of `first:last` from `logps (2, pairs)`; which, None if all are."""
+        last = len(self.counted) if last is None else last
+        counted = self.counted[first:last]
+        which = None
+        if not all(counted):
+            found = [i for i, counts in enumerate(counted) if counts]
+            which = torch.tensor(found, dtype=torch.int64, device=logps.device)
+
+        def of(values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+            if values is None:
+                return None, None
+            values = values[:, first:last].to(logps.dtype)
+            if which is not None:
+                values = values[:, which]
+            return values[0], values[1]
+
+        here = logps if which is None else logps[:, which]
+        return PairLogps(
+            here[0], here[1], *of(self.lengths), *of(self.ref_logps), *of(self.scores)
+        ), which
+
+    def losses(
+        self, objective: Objective, logps: Tensor, first: int = 0, last: int | None = None
+    ) -> Tensor:
+        """Losses of the pairs `first:last` from `logps (2, pairs)`, by ordinary autograd."""
+        pairs, which = self.pairs(logps, first, last)
+        count = logps.shape[1] if which is None else len(which)
+        losses = objective(pairs) if count else pairs.chosen_logps * 0
+        if not isinstance(losses, Tensor) or losses.shape != (count,):
+            raise ValueError(
+                f"{type(objective).__name__} must return one loss a pair, ({count},), got "
+                f"{tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__}"
+            )
+        if which is None:
+            return losses
+        return logps.new_zeros(logps.shape[1]).index_copy(0, which, losses.to(logps.dtype))
+
+    def weigh(
+        self, objective: Objective, logps: Tensor, first: int, last: int
+    ) -> tuple[Tensor, Tensor]:
+        """Losses and coefficients ∂ΣL/∂ℓ, in pair order, from `logps (2·pairs,)` in pair order."""
+        with torch.enable_grad():
+            leaf = logps.view(-1, 2).T.detach().requires_grad_()
+            losses = self.losses(objective, leaf, first, last)
+            coefs = torch.zeros_like(leaf)
+            if losses.requires_grad:
+                (coefs,) = torch.autograd.grad(losses.sum(), leaf, materialize_grads=True)
+        return losses.detach(), coefs.T.flatten()
+
+
+def _live_rows(coef: Tensor, of_entropy: Tensor | None) -> Tensor | None:
+    """Rows with a coefficient, None if all have one. Only looked for where looking is free."""
+    if coef.device.type != "cpu":
+        return None
+    live = coef != 0 if of_entropy is None else (coef != 0) | (of_entropy != 0)
+    return None if live.all() else live.nonzero().flatten()
+
+
+def _live_ranges(coef: Tensor) -> list[tuple[int, int]]:
+    """Maximal ranges of rows whose coefficient is not 0; all rows where looking makes us wait."""
+    if coef.device.type != "cpu":
+        return [(0, len(coef))]
+    live = torch.cat([coef.new_zeros(1, dtype=torch.bool), coef != 0]).int()
+    edges = torch.diff(live, append=live.new_zeros(1)).nonzero().flatten().tolist()
+    if len(edges) // 2 > 1 + len(coef) // 64:  # scattered zeros: many small products cost more
+        return [(0, len(coef))]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _at_rows(grad_rows: Tensor, index: Tensor | None, hidden: Tensor) -> Tensor:
+    if index is None:
+        return grad_rows
+    return torch.zeros_like(hidden).index_copy_(0, index, grad_rows)
+
+
+def _scale_(grad: Tensor, upstream: Tensor) -> Tensor:
+    if upstream.device.type == "cpu" and upstream.item() == 1:
+        return grad
+    return grad.mul_(upstream)
+
+
+def _no_autocast(hidden: Tensor) -> AbstractContextManager:
+    return torch.autocast(hidden.device.type, enabled=False)

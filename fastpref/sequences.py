@@ -1,0 +1,123 @@
+"""Which rows are scored, and to which sequence and pair they belong.
+
+Padded and packed batches become the same thing here: a list of scored rows, pair after pair, with
+offsets. Prompt, padding and ignored positions never reach the projection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N scored rows of M, sequence after sequence; of pairs in the order chosen, rejected.
+
+    Building it reads the sequences' lengths on the host once: the schedules are planned there.
+    """
+
+    index: Tensor  # (N,) positions in the flattened hidden states
+    targets: Tensor  # (N,)
+    weights: Tensor | None  # (N,) token weights
+    offsets: Tensor  # (S + 1,) where each sequence starts among the N rows
+    counts: list[int]  # (S,) scored rows of each sequence, same order
+    total: int  # M
+    paired: bool
+
+    @classmethod
+    def of(
+        cls,
+        targets: Tensor,  # (S, T), or (total,) with cu_seqlens
+        cu_seqlens: Tensor | None,  # (S + 1,)
+        token_weights: Tensor | None,  # as targets
+        *,
+        paired: bool,
+    ) -> Rows:
+        flat = targets.flatten()
+        positions = torch.arange(len(flat), device=flat.device)
+        if cu_seqlens is None:
+            sequences = targets.shape[0]
+            sequence_of = positions // max(1, targets.shape[1])
+        else:
+            sequences = len(cu_seqlens) - 1
+            sequence_of = torch.searchsorted(cu_seqlens[1:], positions, right=True)
+        index = (flat != IGNORED).nonzero().flatten()
+        order_of = sequence_of[index]
+        if paired:  # chosen sequences come first in the batch, pairs are adjacent here
+            half = sequences // 2
+            order_of = order_of % half * 2 + order_of // half
+            order_of, by_pair = order_of.sort(stable=True)
+            index = index[by_pair]
+        lengths = torch.bincount(order_of, minlength=sequences)
+        return cls(
+            index=index,
+            targets=flat[index],
+            weights=None if token_weights is None else token_weights.flatten()[index].detach(),
+            offsets=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+            counts=lengths.tolist(),
+            total=len(flat),
+            paired=paired,
+        )
+
+    @property
+    def lengths(self) -> Tensor:
+        """Scored tokens of each sequence `(S,)`, in the caller's order."""
+        return self.in_batch_order(self.offsets.diff())
+
+    def in_batch_order(self, per_sequence: Tensor) -> Tensor:
+        """`(S,)` from pair after pair to the caller's order, chosen first."""
+        return per_sequence.view(-1, 2).T.flatten() if self.paired else per_sequence
+
+    def sums(self, logps: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        """Weighted sums over sequences `first:last` of the log-probabilities of their rows.
+
+        Added up in float64 where the device has it, one fixed order a sequence.
+        """
+        offsets = self.offsets[first : None if last is None else last + 1]
+        if self.weights is not None:
+            start = sum(self.counts[:first])
+            logps = logps * self.weights[start : start + len(logps)].to(logps.dtype)
+        wide = logps if logps.device.type == "mps" else logps.double()
+        sums = torch.segment_reduce(wide, "sum", offsets=offsets - offsets[0], initial=0)
+        return sums.to(logps.dtype)
+
+    def spread(self, per_sequence: Tensor, first: int = 0) -> Tensor:
+        """Per-sequence coefficients to their rows, times the token weights."""
+        counts = self.counts[first : first + len(per_sequence)]
+        repeats = torch.tensor(counts, device=per_sequence.device)
+        rows = per_sequence.repeat_interleave(repeats, output_size=sum(counts))
+        if self.weights is None:
+            return rows
+        start = sum(self.counts[:first])
+        return rows * self.weights[start : start + len(rows)].to(rows.dtype)
+
+
+def shift_targets(input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Targets for `preference_loss`: what each position's hidden state predicts.
+
+    Args:
+        input_ids: `(…, T)`, int64.
+        mask: `(…, T)`, nonzero at tokens to be scored (the completion, not prompt or padding).
+
+    Returns:
+        `(…, T)`, int64: `targets[…, t]` is `input_ids[…, t + 1]` where `mask[…, t + 1]` is set, and
+        -100 elsewhere, the last position included. Padded batches only: in a packed one the last
+        position of a sequence would be given the next one's first token, which a prompt mask hides.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if input_ids.shape != mask.shape:
+        raise ValueError(
+            f"mask must have the shape of input_ids, {tuple(input_ids.shape)}, "
+            f"got {tuple(mask.shape)}"
+        )
+    targets = torch.full_like(input_ids, IGNORED, dtype=torch.int64)
+    following = input_ids[..., 1:].to(torch.int64)
+    targets[..., :-1] = torch.where(mask[..., 1:].bool(), following, IGNORED)
+    return targets

@@ -1,0 +1,208 @@
+"""The one place that looks at input.
+
+Shapes, dtypes and devices are always checked. Values are checked on the CPU at once; on an
+accelerator by an asynchronous assertion, which never makes it wait (where a device has none, such
+as MPS, values are read back).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastpref.backends import TOKEN_STATS
+from fastpref.objectives import Objective, make_objective, objective_names
+
+REDUCTIONS = ("mean", "sum", "none")
+_ASYNC_DEVICES = ("cuda", "xpu")
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    stats: tuple[str, ...],
+    logits_budget: int | None,
+    autocast: bool,
+) -> None:
+    """Everything about the projection: hidden, weight, bias, targets and the head's scalars."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
+        _tensor(name, tensor)
+    if not hidden.is_floating_point() or hidden.dim() < 2:
+        raise TypeError(f"hidden must be floating point (…, H), got {_describe(hidden)}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be (V, H), got {_describe(weight)}")
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden has H = {hidden.shape[-1]} but weight is {tuple(weight.shape)}; "
+            "expected weight (V, H) with the same H"
+        )
+    _same_device("weight", weight, hidden)
+    _same_device("targets", targets, hidden)
+    if hidden.dtype != weight.dtype and not autocast:
+        raise TypeError(
+            f"hidden and weight must have one dtype outside autocast, got {hidden.dtype} and "
+            f"{weight.dtype}"
+        )
+    if bias is not None:
+        _tensor("bias", bias)
+        _same_device("bias", bias, hidden)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be ({len(weight)},), got {_describe(bias)}")
+        if bias.dtype != weight.dtype:
+            raise TypeError(f"bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be int64, got {targets.dtype}")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets must have hidden's leading shape {tuple(hidden.shape[:-1])}, "
+            f"got {tuple(targets.shape)}"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    for name in stats:
+        if name not in TOKEN_STATS:
+            raise ValueError(f"unknown entry {name!r} of stats; expected some of {TOKEN_STATS}")
+    if logits_budget is not None and logits_budget <= 0:
+        raise ValueError(f"logits_budget must be a positive number of bytes, got {logits_budget}")
+    vocabulary = len(weight)
+    in_range = ((targets >= 0) & (targets < vocabulary)) | (targets == -100)
+    _require(in_range.all(), f"targets must be -100 or lie in [0, {vocabulary})", targets, in_range)
+
+
+def check_sequences(
+    hidden: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+    *,
+    paired: bool,
+) -> int:
+    """The number of sequences, from `(S, T, H)` or from `cu_seqlens`."""
+    if cu_seqlens is None:
+        if hidden.dim() != 3:
+            raise ValueError(
+                f"hidden must be (sequences, T, H), or (total, H) with cu_seqlens; got "
+                f"{tuple(hidden.shape)} and no cu_seqlens"
+            )
+        sequences = hidden.shape[0]
+    else:
+        _tensor("cu_seqlens", cu_seqlens)
+        if hidden.dim() != 2:
+            raise ValueError(
+                f"hidden must be (total, H) when cu_seqlens is given, got {tuple(hidden.shape)}"
+            )
+        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+            raise ValueError(
+                f"cu_seqlens must be integers (sequences + 1,), got {_describe(cu_seqlens)}"
+            )
+        _same_device("cu_seqlens", cu_seqlens, hidden)
+        _require(cu_seqlens[0] == 0, "cu_seqlens must start at 0", cu_seqlens)
+        total = len(hidden)
+        ends = cu_seqlens[-1] == total
+        _require(ends, f"cu_seqlens must end at the total of {total} rows of hidden", cu_seqlens)
+        _require((cu_seqlens.diff() >= 0).all(), "cu_seqlens must not decrease", cu_seqlens)
+        sequences = len(cu_seqlens) - 1
+    if paired and (sequences == 0 or sequences % 2):
+        raise ValueError(
+            f"expected chosen sequences followed by as many rejected ones, an even number; "
+            f"got {sequences} sequences"
+        )
+    if token_weights is not None:
+        _tensor("token_weights", token_weights)
+        _same_device("token_weights", token_weights, hidden)
+        if token_weights.shape != targets.shape:
+            raise ValueError(
+                f"token_weights must have targets' shape {tuple(targets.shape)}, got "
+                f"{tuple(token_weights.shape)}"
+            )
+        _require(token_weights.isfinite().all(), "token_weights must be finite", token_weights)
+    return sequences
+
+
+def check_objective(
+    objective: Objective | str,
+    sequences: int,
+    device: torch.device,
+    *,
+    ref_logps: Tensor | None,
+    scores: Tensor | None,
+    reduction: str,
+) -> Objective:
+    """The objective, by its name too, and the per-sequence inputs it needs."""
+    if isinstance(objective, str):
+        objective = make_objective(objective)
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"objective must be an Objective or one of the names {objective_names()}, "
+            f"got {objective!r}"
+        )
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}; expected one of {list(REDUCTIONS)}")
+    name = type(objective).__name__
+    for argument, tensor, needed in (
+        ("ref_logps", ref_logps, objective.needs_reference),
+        ("scores", scores, objective.needs_scores),
+    ):
+        if tensor is None:
+            if needed:
+                raise ValueError(
+                    f"{name} needs {argument}: a tensor ({sequences},), chosen sequences first"
+                    + _score_hint(objective, argument)
+                )
+            continue
+        _tensor(argument, tensor)
+        if not tensor.is_floating_point() or tensor.shape != (sequences,):
+            raise ValueError(
+                f"{argument} must be floating point ({sequences},), chosen sequences first; got "
+                f"{_describe(tensor)}"
+            )
+        if tensor.device != device:
+            raise ValueError(f"{argument} is on {tensor.device}, hidden on {device}")
+        _require(tensor.isfinite().all(), f"{argument} must be finite", tensor)
+    return objective
+
+
+def _score_hint(objective: Objective, argument: str) -> str:
+    if argument == "scores" and hasattr(objective, "eta"):
+        return "; without scores, set eta=0 and nll_weight=0"
+    return ""
+
+
+def _tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def _same_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    if tensor.device != hidden.device:
+        raise ValueError(f"{name} must be on hidden's device {hidden.device}, got {tensor.device}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def _require(condition: Tensor, message: str, tensor: Tensor, valid: Tensor | None = None) -> None:
+    """Raises on the CPU; elsewhere asserts on the device without waiting for it."""
+    if condition.device.type in _ASYNC_DEVICES:
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ValueError(f"{message}; got {_offending(tensor, valid)}")
+
+
+def _offending(tensor: Tensor, valid: Tensor | None) -> object:
+    """The first bad entry and its index, or a short tensor whole."""
+    if valid is None:
+        if tensor.is_floating_point():
+            valid = tensor.isfinite()
+        else:
+            return tensor.tolist()
+    index = tuple((~valid).nonzero()[0].tolist())
+    return f"{tensor[index].item()} at {index}"

@@ -1,0 +1,275 @@
+"""Errors of every schedule against float64, and the error that each may have.
+
+Allowed errors are derived, not chosen. Inputs are rounded once, to the dtype under test, and the
+truth is `reference` in float64 on those inputs. Let u be the unit roundoff of the accumulators,
+u_out that of the result's dtype (at least half its smallest number), z the largest logit, and E the
+error of `reference` itself in float32 on the same inputs, carried over to other accumulators in
+proportion to u: it measures how the problem amplifies rounding, for whatever computes it. Allowed:
+
+    log-probabilities   δ = 2 E + u (1 + z) n + u max|ℓ|        one rounding of each token's logit
+    loss                2 E + Σ |L(ℓ ± δ) − L(ℓ)| + 2 u max|L|  what δ does to the objective
+    gradients           2 E + (u (1 + z) + ρ + u_out) max|x|    what δ does to its coefficients: ρ,
+                                                                and the final rounding
+
+Twice what plain summation loses, because another order of summation is another draw. The truth's
+own error is the same with the u of float64, and is allowed on top.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastpref import reference
+from fastpref.backends import accumulate_dtype
+from fastpref.loss import PreferenceOutput, preference_loss
+from fastpref.objectives import (
+    Balance,
+    Objective,
+    PairLogps,
+    make_objective,
+    objective_names,
+)
+
+LOGIT_DEVIATION = 6.0
+_SYMBOLS = {"hidden": "∂h", "weight": "∂W", "bias": "∂b"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch to verify on; `rows` is the budget, in rows of logits."""
+
+    name: str
+    pairs: int
+    length: int
+    hidden_size: int
+    vocabulary: int
+    rows: int
+    packed: bool = False
+    weighted: bool = False
+    bias: bool = False
+    scalars: dict[str, float] = field(default_factory=dict)
+
+
+SHAPES = (
+    Shape("one token, prime V", 1, 1, 48, 1009, rows=3),
+    Shape("pairs beyond the budget", 3, 21, 72, 1009, rows=16),
+    Shape("packed, weighted", 2, 32, 64, 1009, rows=80, packed=True, weighted=True),
+    Shape(
+        "bias, softcap, scale, T", 2, 33, 64, 1009, rows=70, bias=True,
+        scalars={"softcap": 20.0, "logit_scale": 0.7, "temperature": 1.3},
+    ),
+    Shape("V 49152", 1, 64, 96, 49152, rows=128),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of `preference_loss`, rounded to the dtype under test."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor | None
+    options: dict[str, object]  # ref_logps, scores, cu_seqlens, token_weights and head scalars
+
+
+@dataclass(frozen=True)
+class Result:
+    """One quantity of one run: its largest error and the error it may have."""
+
+    quantity: str
+    error: float
+    allowed: float
+
+    @property
+    def ratio(self) -> float:
+        return self.error / self.allowed if self.allowed else float(self.error > 0)
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed  # False for NaN
+
+
+def make_batch(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Batch:
+    """Random inputs with logits of deviation 6, ragged lengths and an ignored prompt."""
+    draw = torch.Generator().manual_seed(seed)
+    sequences, length = 2 * shape.pairs, shape.length
+    # Never finer than float32, so that the error of float32 arithmetic can be measured on them.
+    narrow = torch.float32 if dtype == torch.float64 else dtype
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(size, generator=draw) * scale).to(narrow).to(device, dtype)
+
+    hidden = normal(sequences, length, shape.hidden_size)
+    weight = normal(
+        shape.vocabulary, shape.hidden_size, scale=LOGIT_DEVIATION / shape.hidden_size**0.5
+    )
+    targets = torch.randint(0, shape.vocabulary, (sequences, length), generator=draw)
+    prompt = torch.randint(0, max(1, length // 3), (sequences, 1), generator=draw)
+    end = length - torch.randint(0, max(1, length // 4), (sequences, 1), generator=draw)
+    positions = torch.arange(length)
+    targets[(positions < prompt) | (positions >= end)] = -100
+    lengths = (targets != -100).sum(1)
+    # Near the policy's own log-probabilities, so that no loss is saturated.
+    options: dict[str, object] = {
+        "scores": (10 * torch.rand(sequences, generator=draw)).to(device),
+        **shape.scalars,
+    }
+    if shape.weighted:
+        options["token_weights"] = torch.rand(sequences, length, generator=draw).to(device)
+    if shape.packed:
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        options["cu_seqlens"] = torch.arange(sequences + 1, device=device) * length
+        if shape.weighted:
+            options["token_weights"] = options["token_weights"].flatten()
+    bias = normal(shape.vocabulary) if shape.bias else None
+    batch = Batch(hidden, weight, targets.to(device), bias, options)
+    wide = _cast(batch, torch.float64)
+    near, _ = reference.sequence_logps(wide.hidden, wide.weight, wide.targets, **_of_head(wide))
+    shift = torch.randn(sequences, generator=draw) * lengths.sqrt()
+    options["ref_logps"] = near.float() + shift.to(device)
+    return batch
+
+
+def verify(
+    objective: Objective,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    backend: str = "auto",
+    schedules: tuple[str, ...] = ("frozen_head", "pair_groups", "recompute"),
+) -> dict[str, list[Result]]:
+    """Errors of `preference_loss` by schedule: log-probabilities, loss and gradients.
+
+    With "frozen_head" the head requires no gradient.
+    """
+    batch = make_batch(shape, dtype, device)
+    truth = _run(_cast(batch, torch.float64), objective, backend="reference")
+    plain = _run(_cast(batch, torch.float32), objective, backend="reference")
+    budget = shape.rows * shape.vocabulary * accumulate_dtype(dtype).itemsize
+    allowed = _allowed(batch, objective, shape, plain, truth, dtype)
+    found = {}
+    for schedule in schedules:
+        how = {"backend": backend, "schedule": schedule, "logits_budget": budget}
+        ours = _run(batch, objective, frozen=schedule == "frozen_head", **how)
+        errors = {
+            name: _distance(value, truth.values[name])
+            for name, value in ours.values.items()
+            if value is not None
+        }
+        found[schedule] = [Result(name, error, allowed[name]) for name, error in errors.items()]
+    return found
+
+
+@dataclass(frozen=True)
+class _Run:
+    values: dict[
+        str, Tensor | None
+    ]  # logps, loss and gradients, by their symbols: ℓ, L, ∂h, ∂W, ∂b
+    output: PreferenceOutput
+
+
+def _allowed(
+    batch: Batch,
+    objective: Objective,
+    shape: Shape,
+    plain: _Run,
+    truth: _Run,
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """Allowed error of each quantity, by the rules at the head of this module."""
+    u_plain, u_truth = _unit(torch.float32), _unit(torch.float64)
+    u = _unit(accumulate_dtype(dtype))
+    scale = u / u_plain + u_truth / u_plain  # of float32's errors: ours, and the truth's own
+    u += u_truth
+    amplified = {
+        name: 2 * scale * _distance(plain.values[name], value)
+        for name, value in truth.values.items()
+    }
+    wide = _cast(batch, torch.float64)
+    z = reference.logits(wide.hidden.flatten(0, -2), wide.weight, bias=wide.bias, **shape.scalars)
+    of_logit = u * (1 + z.abs().max().item())
+
+    logps = truth.output.logps.detach()
+    delta = amplified["ℓ"] + of_logit * truth.output.lengths.max().item()
+    delta += u * logps.abs().max().item()
+    losses, coefs = _weigh(objective, batch, truth, logps)
+    of_losses = of_coefs = 0.0
+    for sequence in range(len(logps)):
+        moved = logps.clone()
+        moved[sequence] += delta
+        moved_losses, moved_coefs = _weigh(objective, batch, truth, moved)
+        of_losses += (moved_losses - losses).abs().max().item()
+        of_coefs += (moved_coefs - coefs).abs().max().item()
+    of_losses += 2 * u * losses.abs().max().item()
+    of_coefs /= coefs.abs().max().clamp(min=torch.finfo(torch.float64).tiny).item()
+
+    allowed = {"ℓ": delta, "L": amplified["L"] + of_losses}
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    for name in truth.values.keys() - allowed.keys():
+        largest = truth.values[name].abs().max().item()
+        rounding = max(_unit(dtype) * largest, smallest / 2)
+        allowed[name] = amplified[name] + (of_logit + of_coefs) * largest + rounding
+    return allowed
+
+
+def _weigh(objective: Objective, batch: Batch, truth: _Run, logps: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses and ∂ΣL/∂ℓ at given log-probabilities, by the reference's formulas."""
+    leaf = logps.view(2, -1).detach().requires_grad_()
+
+    def of(values: Tensor) -> Tensor:
+        return values.to(leaf.dtype).view(2, -1)
+
+    lengths, ref_logps = of(truth.output.lengths), of(batch.options["ref_logps"])
+    pairs = PairLogps(*leaf, *lengths, *ref_logps, *of(batch.options["scores"]))
+    losses = reference.pair_losses(objective, pairs)
+    (coefs,) = torch.autograd.grad(losses.sum(), leaf)
+    return losses.detach(), coefs
+
+
+def _run(batch: Batch, objective: Objective, frozen: bool = False, **how: object) -> _Run:
+    leaves = {
+        "hidden": batch.hidden.detach().clone().requires_grad_(),
+        "weight": batch.weight.detach().clone().requires_grad_(not frozen),
+    }
+    if batch.bias is not None:
+        leaves["bias"] = batch.bias.detach().clone().requires_grad_(not frozen)
+    output = preference_loss(
+        targets=batch.targets, objective=objective, **leaves, **batch.options, **how
+    )
+    output.loss.backward()
+    gradients = {_SYMBOLS[name]: leaf.grad for name, leaf in leaves.items()}
+    return _Run({"ℓ": output.logps, "L": output.loss} | gradients, output)
+
+
+def _cast(batch: Batch, dtype: torch.dtype) -> Batch:
+    bias = None if batch.bias is None else batch.bias.to(dtype)
+    return dataclasses.replace(
+        batch, hidden=batch.hidden.to(dtype), weight=batch.weight.to(dtype), bias=bias
+    )
+
+
+def _of_head(batch: Batch) -> dict[str, object]:
+    names = ("cu_seqlens", "token_weights", "softcap", "logit_scale", "temperature")
+    return {n: batch.options[n] for n in names if n in batch.options} | {"bias": batch.bias}
+
+
+def _unit(dtype: torch.dtype) -> float:
+    """Unit roundoff."""
+    return torch.finfo(dtype).eps / 2
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return (found.double() - expected.double()).abs().max().item()
+
+
+def objectives_to_verify() -> dict[str, Objective]:
+    """Every built-in objective, and each under a balance that is not its default."""
+    found = {name: make_objective(name) for name in objective_names()}
+    for name in ("simpo", "orpo", "unidpo"):
+        found[f"{name}+balance"] = make_objective(name, balance=Balance(clip=4.0))
+    return found

@@ -1,0 +1,403 @@
+"""`PreferenceTrainer` and `use_fastpref_logps` beside plain TRL."""
+
+import json
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer import utils as trl_utils
+
+import fastpref.trl as fastpref_trl
+from fastpref import Balance, Objective, UniDPO, sequence_logps, shift_targets
+from fastpref.trl import PreferenceConfig, PreferenceTrainer, head_scalars, use_fastpref_logps
+
+OURS, STOCK = (PreferenceTrainer, PreferenceConfig), (DPOTrainer, DPOConfig)
+DEFAULTS = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "logging_steps": 1,
+    "seed": 3,
+    "learning_rate": 1e-2,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+}
+CPU = {"use_cpu": True, "report_to": []}
+
+
+def make_trainer(
+    kind, directory, pairs, tmp_path, *, own_objective=None, eval_pairs=None, **options
+):
+    """A trainer of `kind`, (trainer, configuration); options are the configuration's."""
+    trainer_class, config_class = kind
+    more = {"peft_config": options.pop("peft_config", None)}
+    if own_objective is not None:
+        more["objective"] = own_objective
+    return trainer_class(
+        str(directory),
+        args=config_class(str(tmp_path / "out"), **(DEFAULTS | CPU | options)),
+        train_dataset=Dataset.from_list(pairs),
+        eval_dataset=None if eval_pairs is None else Dataset.from_list(eval_pairs),
+        processing_class=AutoTokenizer.from_pretrained(directory),
+        **more,
+    )
+
+
+def trained(trainer):
+    """Logs and trained weights of a run."""
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    state = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return logs, state
+
+
+def compare_runs(ours, theirs, *, relative, but=()):
+    """Every metric that TRL logs and every trained weight agree to a relative difference."""
+    (our_logs, our_state), (their_logs, their_state) = ours, theirs
+    assert len(our_logs) == len(their_logs) == 2
+    # In the first step the policy is its reference: which reward is larger is rounding.
+    our_logs[0].pop("rewards/accuracies", None), their_logs[0].pop("rewards/accuracies", None)
+    for our, their in zip(our_logs, their_logs, strict=True):
+        for name in their.keys() - set(but):
+            value = their[name]
+            assert our[name] == pytest.approx(value, rel=relative, abs=relative), name
+    assert our_state.keys() == their_state.keys()
+    for name, parameter in their_state.items():
+        size = parameter.abs().max()
+        assert (our_state[name] - parameter).abs().max() <= relative * size, name
+
+
+def save_model(model, tokenizer_of, directory):
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(directory)
+    return directory
+
+
+# --- beside plain TRL ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [
+        ("dpo", {}),
+        ("dpo", {"precompute_ref_log_probs": True}),
+        ("dpo", {"gradient_accumulation_steps": 2}),
+        ("dpo", {"ld_alpha": 0.3}),
+        ("dpo", {"gradient_checkpointing": True}),
+        ("dpo", {"beta": 0.4, "optim": "sgd"}),
+        ("dpo", {"peft_config": LoraConfig(r=4, target_modules="all-linear")}),
+        ("hinge", {"loss_type": ["hinge"]}),
+        ("ipo", {"loss_type": ["ipo"], "optim": "sgd", "learning_rate": 1e-4}),
+    ],
+    ids=str,
+)
+def test_two_steps_equal_plain_trl(objective, options, tiny_llama, pairs, tmp_path):
+    theirs = trained(make_trainer(STOCK, tiny_llama, pairs, tmp_path, **options))
+    options = {name: value for name, value in options.items() if name != "loss_type"}
+    ours = make_trainer(OURS, tiny_llama, pairs, tmp_path, objective=objective, **options)
+    ours = trained(ours)
+    # Adam divides by |gradient|: rounding of a tiny gradient is magnified up to the step's size.
+    compare_runs(ours, theirs, relative=2e-4)
+    assert ours[0][1]["rewards/margins"] != 0
+
+
+def test_two_steps_equal_plain_trl_on_smollm2(smollm2, pairs, tmp_path):
+    options = {"learning_rate": 1e-5, "optim": "sgd", "precompute_ref_log_probs": True}
+    ours, theirs = (
+        trained(make_trainer(kind, smollm2, pairs[:4], tmp_path, **options))
+        for kind in (OURS, STOCK)
+    )
+    compare_runs(ours, theirs, relative=1e-4)
+
+
+def test_two_steps_in_bf16(tiny_llama, pairs, tmp_path):
+    """Under autocast both round operands to bf16, and TRL its logits as well."""
+    ours, theirs = (
+        trained(make_trainer(kind, tiny_llama, pairs, tmp_path, bf16=True, optim="sgd"))
+        for kind in (OURS, STOCK)
+    )
+    compare_runs(ours, theirs, relative=2**-5, but=["rewards/accuracies"])
+    assert all(parameter.dtype == torch.float32 for parameter in ours[1].values())
+
+
+def test_softcap_of_a_gemma(tmp_path, tiny_llama, pairs):
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=101,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=2.0,
+        initializer_range=0.5,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    model = save_model(Gemma2ForCausalLM(config), tiny_llama, tmp_path / "gemma")
+    ours, theirs = (
+        trained(make_trainer(kind, model, pairs, tmp_path, optim="sgd")) for kind in (OURS, STOCK)
+    )
+    compare_runs(ours, theirs, relative=2e-4)
+
+
+def test_router_loss_of_a_mixture_of_experts(tmp_path, tiny_llama, pairs):
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=101,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        output_router_logits=True,
+        router_aux_loss_coef=0.1,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    model = save_model(MixtralForCausalLM(config), tiny_llama, tmp_path / "mixtral")
+    ours, theirs = (
+        trained(make_trainer(kind, model, pairs, tmp_path, optim="sgd")) for kind in (OURS, STOCK)
+    )
+    assert "aux_loss" in ours[0][0]
+    compare_runs(ours, theirs, relative=2e-4)
+
+
+# --- what TRL has not ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["unidpo", "adadpo", "simpo", "rdpo", "cpo", "orpo"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_every_objective_trains_and_evaluates(objective, lora, tiny_llama, pairs, tmp_path):
+    trainer = make_trainer(
+        OURS,
+        tiny_llama,
+        pairs,
+        tmp_path,
+        eval_pairs=pairs[:4],
+        max_steps=6,
+        objective=objective,
+        objective_args={"balance": {"clip": 4.0}},
+        peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
+    )
+    assert trainer.objective.balance == Balance(clip=4.0)
+    before = trainer.evaluate()
+    logs, _ = trained(trainer)
+    after = trainer.evaluate()
+    assert after["eval_rewards/margins"] > before["eval_rewards/margins"]
+    assert {"entropy", "mean_token_accuracy", "logits/chosen", "balance/clipped"} <= logs[0].keys()
+    assert ("weights/quality" in logs[0]) == (objective == "unidpo")
+    assert (trainer.ref_model is None) == (lora or not trainer.objective.needs_reference)
+
+
+def test_scores_reach_the_objective(tiny_llama, pairs, tmp_path):
+    """Over one epoch the mean quality weight is what the scores of all pairs say."""
+    trainer = make_trainer(OURS, tiny_llama, pairs, tmp_path, objective="unidpo", max_steps=4)
+    logs, _ = trained(trainer)
+    gaps = torch.tensor([pair["score_chosen"] - pair["score_rejected"] for pair in pairs])
+    mean = sum(entry["weights/quality"] for entry in logs) / len(logs)
+    assert mean == pytest.approx(torch.sigmoid(0.7 * gaps).mean().item(), rel=1e-5)
+
+
+def test_scores_are_missed_before_training(tiny_llama, pairs, tmp_path):
+    unscored = [{k: v for k, v in pair.items() if "score" not in k} for pair in pairs]
+    with pytest.raises(ValueError, match="UniDPO needs the columns score_chosen"):
+        make_trainer(OURS, tiny_llama, unscored, tmp_path, objective="unidpo")
+
+
+def test_objective_of_ones_own(tiny_llama, pairs, tmp_path):
+    class Exponential(Objective):
+        def __call__(self, pairs):
+            chosen, rejected = pairs.log_ratios(normalized=False)
+            return torch.exp(-0.1 * (chosen - rejected))
+
+    trainer = make_trainer(OURS, tiny_llama, pairs, tmp_path, own_objective=Exponential())
+    logs, _ = trained(trainer)
+    assert logs[0]["loss"] == pytest.approx(1.0, abs=1e-5)  # the policy is its reference
+    assert logs[1]["loss"] != logs[0]["loss"]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_resume_equals_an_uninterrupted_run(lora, tiny_llama, pairs, tmp_path):
+    def trainer(output, steps):
+        return make_trainer(
+            OURS,
+            tiny_llama,
+            pairs,
+            tmp_path / output,
+            objective="unidpo",
+            precompute_ref_log_probs=True,
+            lr_scheduler_type="constant",
+            max_steps=steps,
+            save_strategy="steps",
+            save_steps=2,
+            peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
+        )
+
+    _, expected = trained(trainer("whole", 4))
+    trained(trainer("parts", 2))
+    resumed = trainer("parts", 4)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    for name, parameter in resumed.model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, expected[name]), name
+
+
+def test_reference_log_probabilities_are_exact(tiny_llama, pairs, tmp_path):
+    trainer = make_trainer(OURS, tiny_llama, pairs, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    found = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model, batch))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    with torch.no_grad():
+        hidden = model.model(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+        targets = shift_targets(batch["input_ids"], batch["completion_mask"])
+        expected, _ = sequence_logps(hidden, model.lm_head.weight, targets)
+    assert torch.equal(found.float(), expected)
+
+
+# --- configuration ------------------------------------------------------------------------------
+
+
+def test_configuration_names_the_objective(tmp_path):
+    config = PreferenceConfig(
+        str(tmp_path),
+        objective="Uni-DPO",
+        objective_args='{"eta": 0.5, "balance": {"clip": 3}}',
+        beta=1.5,
+        **CPU,
+    )
+    assert config.make_objective() == UniDPO(beta=1.5, eta=0.5, balance=Balance(clip=3))
+    again = PreferenceConfig(**{"output_dir": str(tmp_path), "objective": "orpo", **CPU})
+    assert again.beta == 0.1  # what the logged rewards are scaled by
+    json.dumps(config.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "ppo"}, "unknown objective"),
+        ({"objective_args": {"eta": 1}}, "DPO has no hyperparameter 'eta'"),
+        ({"loss_type": ["ipo"]}, "loss_type=.*takes objective"),
+        ({"f_divergence_type": "js_divergence"}, "f_divergence_type"),
+        ({"use_weighting": True}, "use_weighting"),
+        ({"objective": "ipo", "label_smoothing": 0.1}, "ipo has no label_smoothing"),
+        ({"schedule": "fast"}, "unknown schedule"),
+        ({"backend": "cuda"}, "unknown backend"),
+    ],
+)
+def test_bad_configuration(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        PreferenceConfig(str(tmp_path), **CPU, **options)
+
+
+def test_a_plain_dpo_config_is_refused(tiny_llama, pairs, tmp_path):
+    with pytest.raises(TypeError, match="PreferenceConfig"):
+        make_trainer((PreferenceTrainer, DPOConfig), tiny_llama, pairs, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {"softcap": None, "logit_scale": 1.0}),
+        ({"final_logit_softcapping": 30.0}, {"softcap": 30.0, "logit_scale": 1.0}),
+        ({"logit_scale": 0.0625}, {"softcap": None, "logit_scale": 0.0625}),
+        ({"lm_head_multiplier": 0.5}, {"softcap": None, "logit_scale": 0.5}),
+        ({"logits_scaling": 8.0}, {"softcap": None, "logit_scale": 0.125}),
+    ],
+)
+def test_head_scalars(fields, expected):
+    assert head_scalars(LlamaConfig(**fields)) == expected
+
+
+# --- stock trainers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": ["sigmoid"]},
+        {"loss_type": ["robust"], "label_smoothing": 0.1},
+        {"loss_type": ["aot"]},
+        {"loss_type": ["discopop"], "use_weighting": True},
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+    ],
+    ids=str,
+)
+def test_stock_dpo_with_fastpref_logps(options, tiny_llama, pairs, tmp_path):
+    def run():
+        return trained(make_trainer(STOCK, tiny_llama, pairs, tmp_path, optim="sgd", **options))
+
+    plain = run()
+    with use_fastpref_logps():
+        ours = run()
+    compare_runs(ours, plain, relative=1e-5)
+
+
+def test_stock_sft_with_fastpref_logps(tiny_llama, pairs, tmp_path):
+    rows = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
+
+    def run():
+        kind = SFTTrainer, SFTConfig
+        return trained(make_trainer(kind, tiny_llama, rows, tmp_path, optim="sgd"))
+
+    plain = run()
+    with use_fastpref_logps():
+        ours = run()
+    compare_runs(ours, plain, relative=1e-5)
+
+
+def test_use_fastpref_logps_is_undone():
+    stock = trl_utils._ChunkedLogProbFunction
+    handle = use_fastpref_logps()
+    assert trl_utils._ChunkedLogProbFunction is not stock
+    handle.undo()
+    assert trl_utils._ChunkedLogProbFunction is stock
+    handle.undo()
+    with pytest.raises(KeyError), use_fastpref_logps():
+        raise KeyError
+    assert trl_utils._ChunkedLogProbFunction is stock
+
+
+def test_entropy_keeps_its_gradient():
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 16, requires_grad=True)
+    weight = torch.randn(101, 16, requires_grad=True)
+    targets = torch.randint(0, 101, (7,))
+    arguments = (hidden, weight, None, targets, 1.3, 32, 5.0, 0.8)
+    grads = []
+    for apply in (trl_utils._ChunkedLogProbFunction.apply, fastpref_trl._FastprefLogps.apply):
+        logps, entropy, squares, mean, top1 = apply(*arguments)
+        (logps.sum() + (entropy**2).sum()).backward()
+        grads.append((hidden.grad, weight.grad, squares, mean, top1))
+        hidden.grad = weight.grad = None
+    for stock, ours in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
+
+
+def test_an_unknown_trl_is_refused(monkeypatch):
+    monkeypatch.setattr(trl, "__version__", "1.17.0")
+    with pytest.raises(RuntimeError, match=r"TRL 1\.16 and TRL is 1\.17\.0"):
+        use_fastpref_logps()
+    monkeypatch.setattr(trl, "__version__", "1.16.3")
+    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", object)
+    with pytest.raises(RuntimeError, match="takes"):
+        use_fastpref_logps()
