@@ -16,7 +16,7 @@ from fastpref.objectives import (
     SimPO,
     UniDPO,
 )
-from fastpref.planner import Plan, Workload, make_plan
+from fastpref.planner import Plan, Problem, make_plan
 from fastpref.sequences import shift_targets
 
 __version__ = "0.1.0"
@@ -36,7 +36,7 @@ __all__ = [
     "PreferenceOutput",
     "SimPO",
     "UniDPO",
-    "Workload",
+    "Problem",
     "linear_logps",
     "make_plan",
     "preference_loss",

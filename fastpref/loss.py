@@ -14,7 +14,7 @@ from torch import Tensor
 from fastpref import reference
 from fastpref.backends import Head, accumulate_dtype, choose_backend
 from fastpref.objectives import Objective, mean_or_zero, pair_metrics
-from fastpref.planner import Plan, Workload, make_plan
+from fastpref.planner import Plan, Problem, make_plan
 from fastpref.schedules import PairGroups, PairInputs, TokenLogps
 from fastpref.sequences import Rows
 from fastpref.validation import check_head, check_objective, check_sequences
@@ -134,7 +134,7 @@ def preference_loss(
     rows = Rows.of(targets, cu_seqlens, token_weights, paired=True)
     flat = hidden.flatten(0, -2)
     plan = make_plan(
-        _workload(flat, head, rows.counts),
+        _problem(flat, head, rows.counts),
         schedule=schedule,
         budget=logits_budget,
         pairs=True,
@@ -205,7 +205,7 @@ def sequence_logps(
             )
         rows = Rows.of(targets, cu_seqlens, token_weights, paired=False)
         flat = hidden.flatten(0, -2)
-        plan = make_plan(_workload(flat, head, rows.counts), budget=logits_budget)
+        plan = make_plan(_problem(flat, head, rows.counts), budget=logits_budget)
         per_row, *_ = TokenLogps.apply(
             flat, weight, bias, rows.targets, rows.index, head, plan, chosen_backend, ()
         )
@@ -257,7 +257,7 @@ def linear_logps(
         index = None
     else:
         wanted = wanted[index]
-    plan = make_plan(_workload(flat, head, [len(wanted)]), schedule=schedule, budget=logits_budget)
+    plan = make_plan(_problem(flat, head, [len(wanted)]), schedule=schedule, budget=logits_budget)
     outputs = TokenLogps.apply(flat, weight, bias, wanted, index, head, plan, chosen_backend, stats)
     if index is not None:
         outputs = [x.new_zeros(len(flat)).index_copy(0, index, x) for x in outputs]
@@ -296,10 +296,10 @@ def _checked_head(
     return Head(weight, bias, logit_scale, softcap, temperature, dtype), stats
 
 
-def _workload(flat: Tensor, head: Head, counts: list[int]) -> Workload:
+def _problem(flat: Tensor, head: Head, counts: list[int]) -> Problem:
     grad = torch.is_grad_enabled()
     head_tensors = [x for x in (head.weight, head.bias) if x is not None]
-    return Workload(
+    return Problem(
         counts=tuple(counts),
         hidden_size=flat.shape[1],
         vocabulary=len(head.weight),

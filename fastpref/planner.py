@@ -63,7 +63,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Workload:
+class Problem:
     """The shapes a plan is made for.
 
     Args:
@@ -93,12 +93,18 @@ class Workload:
         return sum(self.counts)
 
     @property
+    def element_bytes(self) -> int:
+        """Of a logit."""
+        return self.accumulate_dtype.itemsize
+
+    @property
     def row_bytes(self) -> int:
-        return self.vocabulary * self.accumulate_dtype.itemsize
+        """Of a row of logits."""
+        return self.vocabulary * self.element_bytes
 
 
 def make_plan(
-    work: Workload,
+    problem: Problem,
     *,
     schedule: str = "auto",
     budget: int | None = None,
@@ -109,7 +115,7 @@ def make_plan(
     """Chooses schedule, groups and tile.
 
     Args:
-        work: the shapes.
+        problem: the shapes.
         schedule: one of `SCHEDULES`.
         budget: bytes of logits to hold at once; None for 128 MiB on a CPU and 1 GiB elsewhere.
         pairs: the rows are pairs under an objective (False: token log-probabilities).
@@ -123,41 +129,42 @@ def make_plan(
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; expected one of {list(SCHEDULES)}")
     if budget is None:
-        budget = DEFAULT_BUDGET.get(work.device, DEFAULT_ACCELERATOR_BUDGET)
-    if budget < work.row_bytes:
+        budget = DEFAULT_BUDGET.get(problem.device, DEFAULT_ACCELERATOR_BUDGET)
+    if budget < problem.row_bytes:
         raise ValueError(
             f"logits_budget={budget} bytes does not hold one row of logits: "
-            f"{work.vocabulary} × {work.accumulate_dtype.itemsize} = {work.row_bytes} bytes"
+            f"{problem.vocabulary} × {problem.element_bytes} = {problem.row_bytes} bytes"
         )
-    group_rows = budget // work.row_bytes
+    group_rows = budget // problem.row_bytes
     chosen, reason = _choose(
-        work, schedule, group_rows, pairs=pairs, couples_pairs=couples_pairs, reduces=reduces
+        problem, schedule, group_rows, pairs=pairs, couples_pairs=couples_pairs, reduces=reduces
     )
     groups: tuple[tuple[int, int], ...] = ()
     if chosen == "frozen_head":
-        groups = even_ranges(work.rows, group_rows)
+        groups = even_ranges(problem.rows, group_rows)
         held = max(b - a for a, b in groups)
     elif chosen == "pair_groups":
-        groups = _pair_ranges(work.counts, group_rows)
-        held = min(group_rows, max(sum(work.counts[2 * a : 2 * b]) for a, b in groups))
+        groups = _pair_ranges(problem.counts, group_rows)
+        held = min(group_rows, max(sum(problem.counts[2 * a : 2 * b]) for a, b in groups))
     else:
         held = 0
-    tile = _tile(work, budget)
+    tile = _tile(problem, budget)
     return Plan(
         schedule=chosen,
         reason=reason,
         groups=groups,
         group_rows=held,
         tile=tile,
-        flop=_flop(work, chosen, group_rows),
-        logits_bytes=held * work.row_bytes or tile[0] * tile[1] * work.accumulate_dtype.itemsize,
-        extra_bytes=_extra_bytes(work, chosen, held, tile),
-        naive_bytes=_naive_bytes(work),
+        flop=_flop(problem, chosen, group_rows),
+        logits_bytes=held * problem.row_bytes
+        or tile[0] * tile[1] * problem.accumulate_dtype.itemsize,
+        extra_bytes=_extra_bytes(problem, chosen, held, tile),
+        naive_bytes=_naive_bytes(problem),
     )
 
 
 def _choose(
-    work: Workload,
+    problem: Problem,
     schedule: str,
     group_rows: int,
     *,
@@ -165,10 +172,10 @@ def _choose(
     couples_pairs: bool,
     reduces: bool,
 ) -> tuple[str, str]:
-    if not (work.hidden_grad or work.head_grad):
+    if not (problem.hidden_grad or problem.head_grad):
         return "forward", "no gradient is wanted"
     obstacle = _pair_groups_obstacle(pairs, couples_pairs, reduces)
-    if schedule == "frozen_head" and work.head_grad:
+    if schedule == "frozen_head" and problem.head_grad:
         raise ValueError(
             "schedule='frozen_head' gives no gradient to the head, but weight or bias requires "
             "one; use 'auto', 'pair_groups' or 'recompute'"
@@ -177,11 +184,11 @@ def _choose(
         raise ValueError(f"schedule='pair_groups' is not possible: {obstacle}; use 'recompute'")
     if schedule != "auto":
         return schedule, "asked for"
-    if not work.head_grad:
+    if not problem.head_grad:
         return "frozen_head", "the head is frozen"
     if obstacle:
         return "recompute", obstacle
-    pair_rows = [c + r for c, r in zip(work.counts[::2], work.counts[1::2], strict=True)]
+    pair_rows = [c + r for c, r in zip(problem.counts[::2], problem.counts[1::2], strict=True)]
     if min(pair_rows) > group_rows:
         return "recompute", f"no pair fits the budget of {group_rows} rows of logits"
     return "pair_groups", "the head trains and pairs are independent"
@@ -217,53 +224,52 @@ def _pair_ranges(counts: tuple[int, ...], most: int) -> tuple[tuple[int, int], .
     return tuple(ranges)
 
 
-def _tile(work: Workload, budget: int) -> tuple[int, int]:
+def _tile(problem: Problem, budget: int) -> tuple[int, int]:
     """Many rows × some columns: each slice of the weight is read once for as many rows as fit."""
-    elements = max(budget // _TILE_SHARE, work.row_bytes) // work.accumulate_dtype.itemsize
-    rows = max(1, min(work.rows, elements // min(_MIN_TILE_COLUMNS, work.vocabulary)))
-    return rows, min(work.vocabulary, elements // rows)
+    elements = max(budget // _TILE_SHARE, problem.row_bytes) // problem.element_bytes
+    rows = max(1, min(problem.rows, elements // min(_MIN_TILE_COLUMNS, problem.vocabulary)))
+    return rows, min(problem.vocabulary, elements // rows)
 
 
-def _flop(work: Workload, schedule: str, group_rows: int) -> int:
-    product = 2 * work.rows * work.hidden_size * work.vocabulary
-    wanted = work.hidden_grad + work.head_grad
+def _flop(problem: Problem, schedule: str, group_rows: int) -> int:
+    product = 2 * problem.rows * problem.hidden_size * problem.vocabulary
+    wanted = problem.hidden_grad + problem.head_grad
     if schedule == "forward":
         return product
     if schedule == "recompute":
         return product * (2 + wanted)
     again = 0
     if schedule == "pair_groups":  # pairs beyond the budget are projected twice
-        pairs = zip(work.counts[::2], work.counts[1::2], strict=True)
+        pairs = zip(problem.counts[::2], problem.counts[1::2], strict=True)
         again = sum(c + r for c, r in pairs if c + r > group_rows)
-    return product * (1 + wanted) + 2 * again * work.hidden_size * work.vocabulary
+    return product * (1 + wanted) + 2 * again * problem.hidden_size * problem.vocabulary
 
 
-def _gradient_bytes(work: Workload) -> int:
+def _gradient_bytes(problem: Problem) -> int:
     """The gradients handed to autograd, in the parameters' dtype."""
-    elements = work.hidden_grad * work.total_rows * work.hidden_size
-    elements += work.head_grad * work.vocabulary * work.hidden_size
-    return elements * work.dtype.itemsize
+    elements = problem.hidden_grad * problem.total_rows * problem.hidden_size
+    elements += problem.head_grad * problem.vocabulary * problem.hidden_size
+    return elements * problem.dtype.itemsize
 
 
-def _extra_bytes(work: Workload, schedule: str, held: int, tile: tuple[int, int]) -> int:
-    wide = work.accumulate_dtype.itemsize
-    converted = wide != work.dtype.itemsize
-    tile_bytes = tile[0] * tile[1] * wide
-    row_set = work.rows * work.hidden_size  # one (N, H)
+def _extra_bytes(problem: Problem, schedule: str, held: int, tile: tuple[int, int]) -> int:
+    wide, narrow = problem.element_bytes, problem.dtype.itemsize
+    logits = held * problem.row_bytes or tile[0] * tile[1] * wide
+    rows = problem.rows * problem.hidden_size  # elements of one (N, H)
     if schedule == "forward":
-        return tile_bytes + row_set * work.dtype.itemsize
-    gradients = _gradient_bytes(work)
+        return logits + rows * narrow
+    gradients = _gradient_bytes(problem)
     if schedule == "frozen_head":
-        return held * work.row_bytes + row_set * wide + gradients
+        return logits + rows * wide + gradients
     if schedule == "pair_groups":
         # Accumulators become the gradients where no conversion is needed.
-        accumulators = work.head_grad * work.vocabulary * work.hidden_size * wide * converted
-        accumulators += work.hidden_grad * row_set * wide * converted
-        return held * work.row_bytes + 2 * held * work.hidden_size * wide + gradients + accumulators
-    compacted = row_set * (work.dtype.itemsize + wide * (1 + converted))
-    return tile_bytes + compacted + gradients
+        of_group = 2 * held * problem.hidden_size * wide
+        accumulators = problem.head_grad * problem.vocabulary * problem.hidden_size
+        accumulators += problem.hidden_grad * rows
+        return logits + of_group + gradients + accumulators * wide * (wide != narrow)
+    return logits + rows * (narrow + wide * (1 + (wide != narrow))) + gradients
 
 
-def _naive_bytes(work: Workload) -> int:
+def _naive_bytes(problem: Problem) -> int:
     """Logits, their log-softmax and its gradient in float32, and the parameters' gradients."""
-    return 3 * work.total_rows * work.row_bytes + _gradient_bytes(work)
+    return 3 * problem.total_rows * problem.row_bytes + _gradient_bytes(problem)

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastpref import Workload, make_plan
+from fastpref import Problem, make_plan
 from fastpref.planner import MIB, even_ranges
 
-WORK = Workload(
+PROBLEM = Problem(
     counts=(256,) * 16,
     hidden_size=576,
     vocabulary=49152,
@@ -25,26 +25,26 @@ U = 2 * 4096 * 576 * 49152
 
 
 def changed(**changes):
-    return dataclasses.replace(WORK, **changes)
+    return dataclasses.replace(PROBLEM, **changes)
 
 
 @pytest.mark.parametrize(
-    ("work", "how", "schedule", "products", "reason"),
+    ("problem", "how", "schedule", "products", "reason"),
     [
-        (WORK, {"pairs": True}, "pair_groups", 3, "pairs are independent"),
-        (WORK, {"pairs": True, "couples_pairs": True}, "recompute", 4, "couples pairs"),
-        (WORK, {"pairs": True, "reduces": False}, "recompute", 4, "reduction='none'"),
-        (WORK, {}, "recompute", 4, "any upstream gradient"),
-        (WORK, {"pairs": True, "budget": 100 * 196608}, "recompute", 4, "no pair fits"),
-        (WORK, {"pairs": True, "schedule": "recompute"}, "recompute", 4, "asked for"),
+        (PROBLEM, {"pairs": True}, "pair_groups", 3, "pairs are independent"),
+        (PROBLEM, {"pairs": True, "couples_pairs": True}, "recompute", 4, "couples pairs"),
+        (PROBLEM, {"pairs": True, "reduces": False}, "recompute", 4, "reduction='none'"),
+        (PROBLEM, {}, "recompute", 4, "any upstream gradient"),
+        (PROBLEM, {"pairs": True, "budget": 100 * 196608}, "recompute", 4, "no pair fits"),
+        (PROBLEM, {"pairs": True, "schedule": "recompute"}, "recompute", 4, "asked for"),
         (changed(head_grad=False), {"pairs": True}, "frozen_head", 2, "head is frozen"),
         (changed(head_grad=False), {}, "frozen_head", 2, "head is frozen"),
         (changed(head_grad=False), {"schedule": "recompute"}, "recompute", 3, "asked for"),
         (changed(head_grad=False, hidden_grad=False), {}, "forward", 1, "no gradient"),
     ],
 )
-def test_choice(work, how, schedule, products, reason):
-    plan = make_plan(work, **how)
+def test_choice(problem, how, schedule, products, reason):
+    plan = make_plan(problem, **how)
     assert plan.schedule == schedule
     assert plan.flop == products * U
     assert reason in plan.reason
@@ -53,13 +53,15 @@ def test_choice(work, how, schedule, products, reason):
 
 
 def test_groups_hold_whole_pairs_within_the_budget():
-    work = changed(counts=(10, 20, 30, 5, 200, 200, 1, 1, 0, 7), total_rows=500)
-    plan = make_plan(work, pairs=True, budget=70 * work.row_bytes)
+    problem = changed(counts=(10, 20, 30, 5, 200, 200, 1, 1, 0, 7), total_rows=500)
+    plan = make_plan(problem, pairs=True, budget=70 * problem.row_bytes)
     # The third pair is larger than the budget: alone, and projected twice.
     assert plan.groups == ((0, 2), (2, 3), (3, 5))
     assert plan.group_rows == 70
-    again = 2 * 400 * work.hidden_size * work.vocabulary
-    assert plan.flop == 3 * 2 * sum(work.counts) * work.hidden_size * work.vocabulary + again
+    again = 2 * 400 * problem.hidden_size * problem.vocabulary
+    assert (
+        plan.flop == 3 * 2 * sum(problem.counts) * problem.hidden_size * problem.vocabulary + again
+    )
 
 
 @given(
@@ -68,10 +70,10 @@ def test_groups_hold_whole_pairs_within_the_budget():
     st.sampled_from(["pair_groups", "recompute"]),
 )
 def test_logits_never_exceed_the_budget(counts, rows, schedule):
-    work = changed(counts=tuple(counts), total_rows=sum(counts), vocabulary=1009)
-    plan = make_plan(work, pairs=True, budget=rows * work.row_bytes, schedule=schedule)
-    assert plan.logits_bytes <= rows * work.row_bytes
-    assert plan.tile[0] * plan.tile[1] * 4 <= rows * work.row_bytes
+    problem = changed(counts=tuple(counts), total_rows=sum(counts), vocabulary=1009)
+    plan = make_plan(problem, pairs=True, budget=rows * problem.row_bytes, schedule=schedule)
+    assert plan.logits_bytes <= rows * problem.row_bytes
+    assert plan.tile[0] * plan.tile[1] * 4 <= rows * problem.row_bytes
     if schedule == "pair_groups":
         covered = [pair for a, b in plan.groups for pair in range(a, b)]
         assert covered == list(range(len(counts) // 2))
@@ -102,6 +104,6 @@ def test_memory_grows_with_inputs_and_gradients_only():
 
 
 def test_the_default_budget():
-    assert make_plan(WORK, pairs=True).logits_bytes <= 128 * MIB
+    assert make_plan(PROBLEM, pairs=True).logits_bytes <= 128 * MIB
     on_gpu = make_plan(changed(device="cuda"), pairs=True)
     assert 128 * MIB < on_gpu.logits_bytes <= 1024 * MIB
