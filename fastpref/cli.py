@@ -1,7 +1,8 @@
-"""The commands `fastpref train` and `fastpref verify`."""
+"""The commands: `fastpref train`, `fastpref verify`, `fastpref bench`."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,10 +10,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, SpinnerColumn, TextColumn, track
 from rich.table import Table
 
 from fastpref.backends import BACKENDS
+from fastpref.benchmark.workloads import HEADS
 from fastpref.objectives import objective_names
 from fastpref.planner import SCHEDULES
 from fastpref.verify import SHAPES, Result, objectives_to_verify, verify
@@ -159,9 +161,7 @@ def verify_command(
     The table shows the largest error over all shapes as a share of the allowed one, and which
     quantity has it: log-probabilities ℓ, loss L or a gradient. Exit status 1 if any exceeds 1.
     """
-    if not device:
-        accelerator = torch.accelerator.current_accelerator()
-        device = accelerator.type if accelerator else "cpu"
+    device = device or default_device()
     names = dtype or ["float64", "float32", "bfloat16", "float16"]
     dtypes = {name: getattr(torch, name, None) for name in names}
     chosen = objectives_to_verify()
@@ -198,6 +198,62 @@ def verify_command(
     console.print(f"{checks} comparisons with float64, {verdict}")
     if failures:
         raise typer.Exit(1)
+
+
+@app.command("bench")
+def bench_command(
+    workload: Annotated[
+        list[str] | None, typer.Option(help=f"Only these heads: {', '.join(HEADS)}; repeatable.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="A small batch, within two minutes.")] = False,
+    peers: Annotated[
+        list[str] | None, typer.Option(help="Only peers whose name contains this; repeatable.")
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="SmolLM2 checkpoint for accuracy on text and training steps."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for bench.json and charts.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="An earlier bench.json: say what became slower or larger.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device; default the accelerator, or cpu.")] = "",
+) -> None:
+    """Time, memory and accuracy beside naive, TRL, Liger, CCE and torch, on the same inputs.
+
+    Ratios are medians of interleaved rounds with the middle half in brackets. With --compare the
+    exit status is 1 if anything of fastpref got worse beyond the spread of both runs.
+    """
+    from fastpref.benchmark import report
+    from fastpref.benchmark.peers import PEERS
+
+    names = [n for n in PEERS if not peers or any(p.lower() in n.lower() for p in peers)]
+    if not names:
+        _fail(f"no peer is called {peers}; there are {list(PEERS)}")
+    unknown = set(workload or []) - set(HEADS)
+    if unknown:
+        _fail(f"unknown workload {sorted(unknown)}; expected some of {list(HEADS)}")
+    old = json.loads(compare.read_text()) if compare else None
+    device = device or default_device()
+    suite = report.suite_for(device, quick=quick, heads=workload)
+    directory = None if model is None else str(model)
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console) as progress:
+        results = report.run_suite(suite, names, device, directory, progress)
+    report.print_report(results, console)
+    if out is not None:
+        for path in report.write_report(results, out):
+            console.print(f"wrote {path}", soft_wrap=True)
+    if old is not None:
+        worse = report.regressions(results, old)
+        console.print("\n".join(worse) or "nothing became slower or larger beyond the spread")
+        if worse:
+            raise typer.Exit(1)
+
+
+def default_device() -> str:
+    """The accelerator's type, or "cpu"."""
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator.type if accelerator else "cpu"
 
 
 def _cell(results: list[Result]) -> str:

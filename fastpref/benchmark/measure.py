@@ -1,0 +1,291 @@
+"""Time, peak memory and error.
+
+Times are interleaved: every round runs each peer once, and a ratio is formed within its round, so
+that a slow minute of a shared machine hits all alike. Peak memory on a CPU is the growth of the
+largest resident size of a fresh process over three steps; on a GPU the allocator's peak.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref import reference
+from fastpref.benchmark.peers import PEERS, Loss, dpo_loss
+from fastpref.benchmark.workloads import Inputs, Workload, make_inputs
+
+BASELINE = "naive"
+MEMORY_STEPS = 3
+
+
+def runnable(names: list[str], inputs: Inputs) -> tuple[list[str], dict[str, str]]:
+    """Peers that can run on these inputs, and why each other cannot."""
+    skipped = {name: why for name in names if (why := PEERS[name].obstacle(inputs))}
+    return [name for name in names if name not in skipped], skipped
+
+
+def time_peers(
+    workload: Workload,
+    names: list[str],
+    *,
+    rounds: int,
+    device: str,
+    tick: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Seconds of a forward, and of forward + backward, of each peer on one workload.
+
+    Each peer's gradients are held against naive's before its time counts.
+    """
+    inputs = make_inputs(workload, device)
+    names, _ = runnable(names, inputs)
+    losses = {name: PEERS[name].prepare(inputs) for name in names}
+    _check_same_result(losses, inputs)
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for _ in range(rounds):
+        for name in names:
+            for phase, backward in (("forward", False), ("forward + backward", True)):
+                seconds.setdefault((name, phase), []).append(
+                    _seconds(losses[name], inputs, backward)
+                )
+            tick()
+    return [
+        {
+            "workload": workload.name,
+            "peer": name,
+            "phase": phase,
+            "seconds": values,
+            "ratio": spread_of_ratios(values, seconds.get((BASELINE, phase))),
+        }
+        for (name, phase), values in seconds.items()
+    ]
+
+
+def _seconds(loss: Loss, inputs: Inputs, backward: bool) -> float:
+    _clear(inputs)
+    _wait(inputs)
+    started = time.perf_counter()
+    if backward:
+        loss().backward()
+    else:
+        with torch.no_grad():
+            loss()
+    _wait(inputs)
+    return time.perf_counter() - started
+
+
+def spread_of_ratios(values: list[float], baseline: list[float] | None) -> dict[str, float] | None:
+    """Median and middle half of the ratios, each within its round."""
+    if baseline is None:
+        return None
+    ratios = sorted(a / b for a, b in zip(values, baseline, strict=True))
+    low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+    return {"median": statistics.median(ratios), "low": low, "high": high}
+
+
+def _check_same_result(losses: dict[str, Loss], inputs: Inputs) -> None:
+    """Losses agree with float32 on the same inputs to what half-precision logits may lose."""
+    with torch.no_grad():
+        expected = reference_loss(inputs, torch.float32).item()
+        for name, loss in losses.items():
+            found = loss().item()
+            allowed = 1e-4 if inputs.hidden.dtype == torch.float32 else 5e-2
+            if not abs(found - expected) <= allowed * (1 + abs(expected)):
+                raise RuntimeError(f"{name} computes {found}, expected {expected}")
+
+
+def reference_loss(inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    """The DPO loss without gradient, a few rows of logits at a time."""
+    hidden, targets = inputs.hidden.flatten(0, -2), inputs.targets.flatten()
+    weight = inputs.weight.to(dtype)
+    parts = [
+        reference.linear_logps(h.to(dtype), weight, t, softcap=inputs.softcap)
+        for h, t in zip(hidden.split(128), targets.split(128), strict=True)
+    ]
+    return dpo_loss(torch.cat(parts).view(inputs.targets.shape), inputs)
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def peak_memory(workload: Workload, name: str, device: str, repeats: int = 2) -> dict[str, Any]:
+    """Peak bytes beyond the inputs over three steps, gradients included: the median of repeats."""
+    if device == "cpu":
+        found = [_in_fresh_process(workload, name) for _ in range(repeats)]
+    else:
+        found = [_device_peak(workload, name, device) for _ in range(repeats)]
+    return {
+        "workload": workload.name,
+        "peer": name,
+        "bytes": statistics.median(found),
+        "low": min(found),
+        "high": max(found),
+    }
+
+
+def _in_fresh_process(workload: Workload, name: str) -> int:
+    fields = dataclasses.asdict(workload)
+    return run_in_fresh_process("fastpref.benchmark.measure", [fields, name])
+
+
+def run_in_fresh_process(module: str, arguments: list[Any]) -> int:
+    """The number that `python -m module` prints last, for arguments and number of threads."""
+    run = subprocess.run(
+        [sys.executable, "-m", module, json.dumps([*arguments, torch.get_num_threads()])],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode:
+        raise RuntimeError(f"{module} {arguments}: {run.stderr.strip().splitlines()[-1]}")
+    return int(run.stdout.split()[-1])
+
+
+def resident_growth(step: Callable[[], None]) -> int:
+    """Growth of the largest resident size of this process over three steps, bytes."""
+    gc.collect()
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    for _ in range(MEMORY_STEPS):
+        step()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) * 1024
+
+
+def _make_step(workload: Workload, name: str, device: str) -> Callable[[], None]:
+    inputs = make_inputs(workload, device)
+    loss = PEERS[name].prepare(inputs)
+
+    def step() -> None:
+        loss().backward()
+        _clear(inputs)
+
+    return step
+
+
+def _device_peak(workload: Workload, name: str, device: str) -> int:
+    step = _make_step(workload, name, device)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in range(MEMORY_STEPS):
+        step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+# --- accuracy -----------------------------------------------------------------------------------
+
+
+def accuracy(inputs: Inputs, names: list[str], source: str) -> list[dict[str, Any]]:
+    """Largest errors against float64 on the same rounded inputs.
+
+    Log-probabilities of a token and of a response in nats, the loss, and the gradients' errors
+    relative to their norms. `inputs` are padded.
+    """
+    truth = inputs.on(torch.float64)
+    true_logps = reference.linear_logps(
+        truth.hidden.flatten(0, 1), truth.weight, truth.targets.flatten(), softcap=truth.softcap
+    ).view(truth.targets.shape)
+    true_loss, true_grads = _run(lambda: dpo_loss(true_logps, truth), truth)
+    results = []
+    for name in runnable(names, inputs)[0]:
+        mine = inputs.on(inputs.hidden.dtype)
+        loss, grads = _run(PEERS[name].prepare(mine), mine)
+        entry: dict[str, Any] = {
+            "peer": name,
+            "inputs": source,
+            "dtype": str(inputs.hidden.dtype).removeprefix("torch."),
+            "loss": abs(loss - true_loss),
+        }
+        if PEERS[name].logps is not None:
+            with torch.no_grad():
+                off = PEERS[name].logps(mine).double() - true_logps
+            entry["token_logps"] = off.abs().max().item()
+            entry["response_logps"] = off.sum(-1).abs().max().item()
+        for leaf, grad in grads.items():
+            off = grad.double() - true_grads[leaf]
+            entry[leaf] = (off.norm() / true_grads[leaf].norm()).item()
+        results.append(entry)
+    return results
+
+
+def _run(loss: Loss, inputs: Inputs) -> tuple[float, dict[str, Tensor]]:
+    value = loss()
+    value.backward()
+    leaves = {"grad_hidden": inputs.hidden, "grad_weight": inputs.weight}
+    return value.item(), {name: x.grad for name, x in leaves.items() if x.grad is not None}
+
+
+# --- what it was measured on --------------------------------------------------------------------
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Hardware, versions and commit of a run."""
+    packages = ("fastpref", "torch", "triton", "transformers", "trl", "liger-kernel")
+    return {
+        "hardware": _hardware(device),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def _hardware(device: str) -> str:
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    names = [line.split(":")[1].strip() for line in info.open() if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
+    )
+    return run.stdout.strip() or None
+
+
+def _clear(inputs: Inputs) -> None:
+    inputs.hidden.grad = inputs.weight.grad = None
+
+
+def _wait(inputs: Inputs) -> None:
+    if inputs.hidden.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    fields, peer, threads = json.loads(sys.argv[1])
+    torch.set_num_threads(threads)
+    print(resident_growth(_make_step(Workload(**fields), peer, "cpu")))

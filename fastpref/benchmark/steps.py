@@ -1,0 +1,137 @@
+"""Whole training steps: `PreferenceTrainer` beside TRL's `DPOTrainer` on one model and batch.
+
+A step is the policy's forward and backward, the live reference's forward and the optimizer. The
+"trunk" is the same step with the head left out of both models: what no loss can save.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastpref.benchmark.measure import resident_growth, run_in_fresh_process, spread_of_ratios
+
+PAIRS, PROMPT, RESPONSE = 2, 76, 180
+KINDS = ("trunk", "DPOTrainer", "PreferenceTrainer")
+
+
+def make_step(kind: str, model_directory: str, lora: bool) -> Callable[[], None]:
+    """A function that does one training step of `kind` on 2 pairs of 256 tokens."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    from fastpref.trl import PreferenceConfig, PreferenceTrainer
+
+    ours = kind == "PreferenceTrainer"
+    trainer_class = PreferenceTrainer if ours else DPOTrainer
+    config_class = PreferenceConfig if ours else DPOConfig
+    config = config_class(
+        tempfile.mkdtemp(),
+        per_device_train_batch_size=PAIRS,
+        gradient_checkpointing=False,
+        bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    peft_config = None
+    if lora:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    # Adapters need no second model; a full policy has a frozen copy as its reference.
+    trainer = trainer_class(
+        AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32),
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        processing_class=AutoTokenizer.from_pretrained(model_directory),
+        peft_config=peft_config,
+    )
+    batch = _batch(trainer)
+    model = trainer.model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+
+    def step() -> None:
+        if kind == "trunk":
+            _trunk_step(trainer, batch)
+        else:
+            trainer.training_step(model, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        if batch["input_ids"].device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def _batch(trainer: Any) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    vocabulary = trainer.model.config.vocab_size
+    ids = torch.randint(0, vocabulary, (2 * PAIRS, PROMPT + RESPONSE), generator=draw)
+    completion = torch.zeros_like(ids)
+    completion[:, PROMPT:] = 1
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "completion_mask": completion,
+    }
+    return {name: tensor.to(trainer.accelerator.device) for name, tensor in batch.items()}
+
+
+def _trunk_step(trainer: Any, batch: dict[str, torch.Tensor]) -> None:
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    policy = trainer.model
+    base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    with torch.no_grad():
+        (trainer.ref_model or base).base_model(**inputs, use_cache=False)
+    with trainer.accelerator.autocast():
+        base.base_model(**inputs, use_cache=False).last_hidden_state.float().mean().backward()
+
+
+def time_steps(model_directory: str, lora: bool, rounds: int) -> list[dict[str, Any]]:
+    """Seconds of each kind of step, interleaved, and ratios to TRL's within a round."""
+    steps = {kind: make_step(kind, model_directory, lora) for kind in KINDS}
+    for step in steps.values():
+        step()
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for _ in range(rounds):
+        for kind, step in steps.items():
+            started = time.perf_counter()
+            step()
+            seconds[kind].append(time.perf_counter() - started)
+    return [
+        {
+            "peer": kind,
+            "method": "LoRA" if lora else "full",
+            "seconds": values,
+            "ratio": spread_of_ratios(values, seconds["DPOTrainer"]),
+        }
+        for kind, values in seconds.items()
+    ]
+
+
+def step_memory(model_directory: str, lora: bool) -> list[dict[str, Any]]:
+    """Peak bytes of three steps of each kind beyond weights and data, each in a fresh process."""
+    method = "LoRA" if lora else "full"
+    return [
+        {
+            "peer": kind,
+            "method": method,
+            "bytes": run_in_fresh_process(__spec__.name, [kind, model_directory, lora]),
+        }
+        for kind in KINDS
+    ]
+
+
+if __name__ == "__main__":
+    kind, directory, lora, threads = json.loads(sys.argv[1])
+    torch.set_num_threads(threads)
+    print(resident_growth(make_step(kind, directory, lora)))

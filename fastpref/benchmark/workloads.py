@@ -1,0 +1,180 @@
+"""Heads of real models, batches of real lengths, and their inputs.
+
+Inputs for speed and memory are random with logits of deviation 6 and targets of probability about
+1/7, as trained models have them: never zeros, and no pair so saturated that its gradient vanishes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BETA = 0.1
+LOGIT_DEVIATION = 6.0
+
+# H, V, softcap of the LM heads, from the models' published configurations.
+HEADS: dict[str, tuple[int, int, float | None]] = {
+    "smollm2-135m": (576, 49152, None),
+    "qwen3-0.6b": (1024, 151936, None),
+    "llama-3-8b": (4096, 128256, None),
+    "gemma-2-9b": (3584, 256000, 30.0),
+    "llama-3-70b": (8192, 128256, None),
+}
+
+# Prompt, chosen and rejected tokens of a pair: 16 quantiles of public preference data, ordered so
+# that every prefix looks like the whole. The median prompt is 0.42 of the median response.
+LENGTHS = (
+    (77, 183, 175),
+    (21, 61, 44),
+    (148, 402, 371),
+    (40, 110, 137),
+    (318, 255, 290),
+    (64, 310, 228),
+    (104, 28, 96),
+    (16, 214, 160),
+    (90, 141, 18),
+    (29, 86, 70),
+    (198, 512, 448),
+    (51, 168, 203),
+    (124, 233, 121),
+    (35, 12, 33),
+    (240, 348, 325),
+    (12, 197, 251),
+)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A batch under a head.
+
+    Args:
+        head: a key of `HEADS`.
+        pairs: B.
+        length: T, scored tokens of each response; 0 for the prompts and lengths of `LENGTHS`.
+        dtype: "float32" or "bfloat16".
+        frozen: the head requires no gradient.
+        packed: sequences one after the other with offsets instead of padding.
+    """
+
+    head: str
+    pairs: int
+    length: int
+    dtype: str = "float32"
+    frozen: bool = False
+    packed: bool = False
+
+    @property
+    def name(self) -> str:
+        length = f"{self.length} tokens" if self.length else "real lengths"
+        batch = f"{self.pairs} pairs, {length}"
+        extra = [word for word in ("frozen", "packed") if getattr(self, word)]
+        return ", ".join([self.head, batch, self.dtype, *extra])
+
+    @property
+    def hidden_size(self) -> int:
+        return HEADS[self.head][0]
+
+    @property
+    def vocabulary(self) -> int:
+        return HEADS[self.head][1]
+
+    @property
+    def softcap(self) -> float | None:
+        return HEADS[self.head][2]
+
+    @property
+    def lengths(self) -> list[tuple[int, int]]:
+        """Prompt and response tokens of each of the 2B sequences, chosen first."""
+        if self.length:
+            return [(0, self.length)] * (2 * self.pairs)
+        table = [LENGTHS[i % len(LENGTHS)] for i in range(self.pairs)]
+        chosen = [(prompt, chosen) for prompt, chosen, _ in table]
+        return chosen + [(prompt, rejected) for prompt, _, rejected in table]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every peer is given."""
+
+    hidden: Tensor  # (2B, T, H), or (total, H) when packed
+    weight: Tensor  # (V, H)
+    targets: Tensor  # hidden's leading shape
+    softcap: float | None
+    cu_seqlens: Tensor | None = None  # (2B + 1,)
+
+    def on(self, dtype: torch.dtype) -> Inputs:
+        """The same values in another dtype, as fresh leaves that want the same gradients."""
+        wants = self.weight.requires_grad
+        return dataclasses.replace(
+            self,
+            hidden=self.hidden.detach().to(dtype, copy=True).requires_grad_(),
+            weight=self.weight.detach().to(dtype, copy=True).requires_grad_(wants),
+        )
+
+
+def make_inputs(workload: Workload, device: str, seed: int = 0) -> Inputs:
+    """Random inputs; each target's logit is the same, so that its probability is about 1/7."""
+    draw = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, workload.dtype)
+    size, vocabulary = workload.hidden_size, workload.vocabulary
+    weight = torch.randn(vocabulary, size, generator=draw) * LOGIT_DEVIATION / size**0.5
+    longest = max(prompt + response for prompt, response in workload.lengths)
+    hidden = torch.randn(2 * workload.pairs, longest, size, generator=draw)
+    targets = torch.full((2 * workload.pairs, longest), -100)
+    used = torch.zeros(2 * workload.pairs, longest, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(workload.lengths):
+        drawn = torch.randint(0, vocabulary, (response,), generator=draw)
+        targets[row, prompt : prompt + response] = drawn
+        used[row, : prompt + response] = True
+        direction = torch.nn.functional.normalize(weight[drawn], dim=-1)
+        of_target = hidden[row, prompt : prompt + response]
+        # log-sum-exp of V normal logits of deviation s is about log V + s²/2.
+        wanted = torch.tensor(vocabulary).log() + LOGIT_DEVIATION**2 / 2 - 2
+        along = (of_target * direction).sum(-1, keepdim=True)
+        length = wanted / weight[drawn].norm(dim=-1, keepdim=True)
+        of_target += (length - along) * direction
+    cu_seqlens = None
+    if workload.packed:
+        hidden, targets = hidden[used], targets[used]
+        ends = torch.tensor([prompt + response for prompt, response in workload.lengths]).cumsum(0)
+        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(device)
+    return Inputs(
+        hidden.to(device, dtype).requires_grad_(),
+        weight.to(device, dtype).requires_grad_(not workload.frozen),
+        targets.to(device),
+        workload.softcap,
+        cu_seqlens,
+    )
+
+
+def real_inputs(model_directory: str, pairs: int, dtype: str) -> Inputs:
+    """Final hidden states of a real model on the demo's pairs: random ones hide rounding."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fastpref.data import read_pairs
+    from fastpref.demo import PAIRS
+
+    tokenizer = AutoTokenizer.from_pretrained(model_directory)
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+    chosen, rejected = [], []
+    for pair in read_pairs(PAIRS)[:pairs]:
+        for kind, into in (("chosen", chosen), ("rejected", rejected)):
+            prompt = tokenizer(pair["prompt"] + "\n").input_ids
+            into.append((len(prompt), prompt + tokenizer(pair[kind]).input_ids))
+    sequences = chosen + rejected
+    longest = max(len(ids) for _, ids in sequences)
+    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    targets = torch.full_like(ids, -100)
+    for row, (prompt, tokens) in enumerate(sequences):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        targets[row, prompt - 1 : len(tokens) - 1] = ids[row, prompt : len(tokens)]
+    with torch.no_grad():
+        hidden = model.model(ids).last_hidden_state
+    to = getattr(torch, dtype)
+    weight = model.lm_head.weight.detach()
+    return Inputs(
+        hidden.to(to).requires_grad_(), weight.to(to).requires_grad_(), targets, softcap=None
+    )
