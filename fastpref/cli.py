@@ -1,4 +1,4 @@
-"""The commands: `fastpref train`, `fastpref verify`, `fastpref bench`."""
+"""The commands: `fastpref train`, `verify`, `bench` and `plan`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from rich.table import Table
 
 from fastpref.backends import BACKENDS
 from fastpref.benchmark.workloads import HEADS
+from fastpref.estimate import GPUS, estimates, head_shape, largest_batch, problem_for
 from fastpref.objectives import objective_names
-from fastpref.planner import SCHEDULES
+from fastpref.planner import SCHEDULES, make_plan
 from fastpref.verify import SHAPES, Result, objectives_to_verify, verify
 
 app = typer.Typer(
@@ -248,6 +249,66 @@ def bench_command(
         console.print("\n".join(worse) or "nothing became slower or larger beyond the spread")
         if worse:
             raise typer.Exit(1)
+
+
+@app.command("plan")
+def plan_command(
+    model: Annotated[str, typer.Option(help="Checkpoint directory or model name; config only.")],
+    pairs: Annotated[int, typer.Option(help="Pairs a device and step.", min=1)] = 8,
+    length: Annotated[int, typer.Option(help="Scored tokens of a response.", min=1)] = 1024,
+    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h200",
+    lora: Annotated[bool, typer.Option(help="The head is frozen.")] = False,
+    tp: Annotated[int, typer.Option(help="Ranks that share the vocabulary.", min=1)] = 1,
+    free: Annotated[
+        float | None, typer.Option(help="Free memory in GB; default all of the GPU's.")
+    ] = None,
+    budget: Annotated[int | None, typer.Option(help="logits_budget in MiB.")] = None,
+) -> None:
+    """Predict FLOP, bytes and a time floor of every schedule, and of naive, TRL and Liger.
+
+    Nothing is run and no weight is read. The floor is what the GPU's matrix rate and bandwidth
+    allow; the largest batch is the most pairs whose hidden states and loss fit the free memory.
+    """
+    if gpu not in GPUS:
+        _fail(f"unknown GPU {gpu!r}; expected one of {list(GPUS)}")
+    try:
+        hidden_size, vocabulary = head_shape(model)
+    except (OSError, ValueError, AttributeError) as problem:
+        _fail(f"no config of a causal language model at {model!r}: {str(problem).splitlines()[0]}")
+    spec = GPUS[gpu]
+    room = int((free or spec.memory / 1e9) * 1e9)
+    bytes_ = None if budget is None else budget * 2**20
+    problem = problem_for(
+        hidden_size, vocabulary, pairs=pairs, length=length, lora=lora, tensor_parallel=tp
+    )
+    table = Table(
+        title=f"{pairs} pairs of 2 × {length} tokens, H {hidden_size}, V {vocabulary}, bf16, {gpu}"
+    )
+    for heading in (
+        "",
+        "products",
+        "TFLOP",
+        "peak GB",
+        "floor ms",
+        f"pairs in {room / 1e9:.0f} GB",
+    ):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    try:
+        for each in estimates(problem, bytes_):
+            table.add_row(
+                f"{each.name} (auto)" if each.automatic else each.name,
+                f"{each.products:g} U",
+                f"{each.flop / 1e12:.1f}",
+                f"{each.extra_bytes / 1e9:.2f}",
+                f"{1e3 * each.floor_seconds(spec):.1f}",
+                str(largest_batch(each.name, problem, room, bytes_)),
+                style="bold" if each.automatic else None,
+            )
+        reason = make_plan(problem, pairs=True, budget=bytes_).reason
+    except ValueError as error:
+        _fail(str(error))
+    console.print(table)
+    console.print(f"auto: {reason}. Predictions, not measurements; peak beyond inputs and weights.")
 
 
 def default_device() -> str:

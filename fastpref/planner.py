@@ -25,6 +25,7 @@ DEFAULT_ACCELERATOR_BUDGET = 1024 * MIB
 # Tiles are folded or consumed at once, so they need no more than keeps the products efficient.
 _TILE_SHARE = 8
 _MIN_TILE_COLUMNS = 512
+_MAX_TILE_COLUMNS = 8192
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def make_plan(
         logits_bytes=held * problem.row_bytes
         or tile[0] * tile[1] * problem.accumulate_dtype.itemsize,
         extra_bytes=_extra_bytes(problem, chosen, held, tile),
-        naive_bytes=_naive_bytes(problem),
+        naive_bytes=naive_bytes(problem),
     )
 
 
@@ -228,7 +229,7 @@ def _tile(problem: Problem, budget: int) -> tuple[int, int]:
     """Many rows × some columns: each slice of the weight is read once for as many rows as fit."""
     elements = max(budget // _TILE_SHARE, problem.row_bytes) // problem.element_bytes
     rows = max(1, min(problem.rows, elements // min(_MIN_TILE_COLUMNS, problem.vocabulary)))
-    return rows, min(problem.vocabulary, elements // rows)
+    return rows, min(problem.vocabulary, elements // rows, _MAX_TILE_COLUMNS)
 
 
 def _flop(problem: Problem, schedule: str, group_rows: int) -> int:
@@ -245,31 +246,43 @@ def _flop(problem: Problem, schedule: str, group_rows: int) -> int:
     return product * (1 + wanted) + 2 * again * problem.hidden_size * problem.vocabulary
 
 
-def _gradient_bytes(problem: Problem) -> int:
-    """The gradients handed to autograd, in the parameters' dtype."""
-    elements = problem.hidden_grad * problem.total_rows * problem.hidden_size
-    elements += problem.head_grad * problem.vocabulary * problem.hidden_size
-    return elements * problem.dtype.itemsize
-
-
 def _extra_bytes(problem: Problem, schedule: str, held: int, tile: tuple[int, int]) -> int:
     wide, narrow = problem.element_bytes, problem.dtype.itemsize
-    logits = held * problem.row_bytes or tile[0] * tile[1] * wide
+    converts = wide != narrow
     rows = problem.rows * problem.hidden_size  # elements of one (N, H)
-    if schedule == "forward":
-        return logits + rows * narrow
-    gradients = _gradient_bytes(problem)
-    if schedule == "frozen_head":
-        return logits + rows * wide + gradients
-    if schedule == "pair_groups":
-        # Accumulators become the gradients where no conversion is needed.
-        of_group = 2 * held * problem.hidden_size * wide
-        accumulators = problem.head_grad * problem.vocabulary * problem.hidden_size
-        accumulators += problem.hidden_grad * rows
-        return logits + of_group + gradients + accumulators * wide * (wide != narrow)
-    return logits + rows * (narrow + wide * (1 + (wide != narrow))) + gradients
+    whole = problem.total_rows * problem.hidden_size * problem.hidden_grad
+    head = problem.vocabulary * problem.hidden_size * problem.head_grad
+    if schedule in ("forward", "recompute"):
+        tile_bytes = tile[0] * tile[1] * wide
+        if problem.device == "cpu":  # the C allocator keeps what it freed of one tile
+            tile_bytes *= 2
+        tile_bytes += _workspace(problem, *tile)
+        if schedule == "forward":
+            return tile_bytes + rows * narrow
+        # Compacted rows, their conversion, their gradient; afterwards that is laid out whole.
+        running = tile_bytes + rows * (narrow + wide * converts + wide * problem.hidden_grad)
+        return max(running, rows * wide + whole * narrow) + head * narrow
+    logits = held * problem.row_bytes + _workspace(problem, held, problem.vocabulary)
+    if schedule == "frozen_head":  # compacted rows, and the gradient kept of each
+        return max(logits + rows * (narrow + wide), 2 * rows * wide + whole * narrow)
+    of_group = 3 * held * problem.hidden_size * wide
+    # Accumulators become the gradients where no conversion is needed.
+    return logits + of_group + (whole + head) * (wide + narrow * converts)
 
 
-def _naive_bytes(problem: Problem) -> int:
-    """Logits, their log-softmax and its gradient in float32, and the parameters' gradients."""
-    return 3 * problem.total_rows * problem.row_bytes + _gradient_bytes(problem)
+def naive_bytes(problem: Problem) -> int:
+    """Of materialised logits: log-softmax, its gradient and the gather's, all N × V in float32."""
+    workspace = _workspace(problem, problem.total_rows, problem.vocabulary)
+    return 3 * problem.total_rows * problem.row_bytes + workspace
+
+
+def _workspace(problem: Problem, rows: int, columns: int) -> int:
+    """What libraries allocate for a product of `rows` × `columns`, and at first use.
+
+    cuBLAS keeps 32 MiB. On the CPU it is what MKL was measured to take for packed operands, and
+    some MiB of code and threads.
+    """
+    if problem.device != "cpu":
+        return 32 * MIB
+    packed = max(128 * columns, min(rows, 384) * min(columns, 16384))
+    return packed * problem.element_bytes + 12 * MIB

@@ -142,10 +142,10 @@ def recompute_backward(
         torch.empty_like(head.bias) if wants[2] else None,
     )
     buffer = hidden.new_empty(min(rows, len(hidden)), columns, dtype=accumulate)
-    grad_slice = hidden.new_empty(columns, hidden.shape[1], dtype=accumulate)
     for first, last, weight in _weight_slices(head, columns):
-        grad_weight = grad_slice[: last - first].zero_()
-        grad_bias = grad_slice.new_zeros(last - first)
+        if wants[1]:  # a slice of the gradient itself where it needs no conversion
+            grad_weight = grads.weight[first:last].to(accumulate).zero_()
+        grad_bias = buffer.new_zeros(last - first)
         for start in range(0, len(hidden), rows):
             block = slice(start, start + rows)
             z = buffer[: len(operand[block]), : last - first]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,13 @@ def suite_for(device: str, *, quick: bool, heads: list[str] | None = None) -> Su
 
 
 def run_suite(
-    suite: Suite, names: list[str], device: str, model_directory: str | None, progress: Progress
+    suite: Suite,
+    names: list[str],
+    device: str,
+    model_directory: str | None,
+    progress: Progress,
+    *,
+    memory: bool = True,
 ) -> dict[str, Any]:
     """Measures everything of a suite; the result is what the JSON file holds."""
     names = [name for name in names if suite.compiled or not PEERS[name].compiles]
@@ -109,7 +116,7 @@ def run_suite(
         results["speed"] += time_peers(
             workload, possible, rounds=suite.rounds, device=device, tick=lambda: None
         )
-        for name in possible:
+        for name in possible if memory else ():
             say(f"memory: {workload.name}, {name}")
             results["memory"].append(
                 peak_memory(workload, name, device, repeats=suite.memory_repeats)
@@ -323,6 +330,91 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
+# --- the project's README -----------------------------------------------------------------------
+
+
+def markdown_tables(results: dict[str, Any]) -> dict[str, str]:
+    """Tables of a run by name, as the README shows them between `<!-- name -->` markers."""
+    return {
+        "speed": _markdown_speed(results),
+        "accuracy": _markdown_accuracy(results),
+        "pairs": _markdown_pairs(results),
+        "training": _markdown_training(results),
+    }
+
+
+def insert_tables(text: str, tables: dict[str, str]) -> str:
+    """`text` with what stands between each table's markers replaced by the table."""
+    for name, table in tables.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+        if start in text:
+            head, rest = text.split(start)
+            text = head + start + table + "\n" + end + rest.split(end)[1]
+    return text
+
+
+def _markdown(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _emphasised(name: str) -> str:
+    return f"**{name}**" if name in OURS or name == "PreferenceTrainer" else name
+
+
+def _markdown_speed(results: dict[str, Any]) -> str:
+    """The first workload, then what a frozen head makes of it; all against its naive."""
+    trains, frozen = list(dict.fromkeys(entry["workload"] for entry in results["speed"]))[:2]
+    memory = {(e["workload"], e["peer"]): e["bytes"] for e in results["memory"]}
+    rows = []
+    for workload, label in ((trains, ""), (frozen, ", head frozen")):
+        for entry in results["speed"]:
+            if entry["workload"] == workload and entry["phase"] == "forward + backward":
+                name = entry["peer"]
+                seconds, peak = _median(entry["seconds"]), memory[workload, name]
+                cells = [f"{seconds:.2f} s", _ratio(entry["ratio"]), f"{peak / MB:,.0f} MB"]
+                rows.append([_emphasised(name) + label, *cells])
+    return _markdown(["", "forward + backward", "of naive", "peak memory"], rows)
+
+
+def _markdown_accuracy(results: dict[str, Any]) -> str:
+    """From bf16 inputs, of a real model on text."""
+    keys = ("token_logps", "response_logps", "loss", "grad_hidden", "grad_weight")
+    rows = [
+        [_emphasised(entry["peer"]), *(f"{entry[k]:.1e}" if k in entry else "" for k in keys)]
+        for entry in results["accuracy"]
+        if entry["dtype"] == "bfloat16" and "text" in entry["inputs"]
+    ]
+    headings = ["", "a token, nats", "a response, nats", "loss", "dH, relative", "dW, relative"]
+    return _markdown(headings, rows)
+
+
+def _markdown_pairs(results: dict[str, Any]) -> str:
+    found = {(e["peer"], e["frozen"], e["pairs"]): e["bytes"] for e in results["sweep"]}
+    pairs = sorted({key[2] for key in found})
+    rows = [
+        [
+            _emphasised(name),
+            *(f"{found[name, name.endswith('head'), n] / MB:,.0f} MB" for n in pairs),
+        ]
+        for name in OURS
+    ]
+    return _markdown(["", *(f"{n} pairs" for n in pairs)], rows)
+
+
+def _markdown_training(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{_emphasised(entry['peer'])}, {entry['method']}",
+            f"{_median(entry['seconds']):.2f} s",
+            _ratio(entry["ratio"]),
+            f"{entry['bytes'] / MB:,.0f} MB",
+        ]
+        for entry in results["training"]
+    ]
+    return _markdown(["", "a step", "of DPOTrainer", "peak memory"], rows)
+
+
 # --- comparison ---------------------------------------------------------------------------------
 
 
@@ -346,3 +438,8 @@ def regressions(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
                 f"became {entry['bytes'] / MB:,.0f} MB"
             )
     return found
+
+
+if __name__ == "__main__":
+    readme, source = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    readme.write_text(insert_tables(readme.read_text(), markdown_tables(source)))

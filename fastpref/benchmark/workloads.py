@@ -1,7 +1,7 @@
 """Heads of real models, batches of real lengths, and their inputs.
 
 Inputs for speed and memory are random with logits of deviation 6 and targets of probability about
-1/7, as trained models have them: never zeros, and no pair so saturated that its gradient vanishes.
+one half, as trained models have: never zeros, and no pair so saturated that its gradient vanishes.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Inputs:
 
 
 def make_inputs(workload: Workload, device: str, seed: int = 0) -> Inputs:
-    """Random inputs; each target's logit is the same, so that its probability is about 1/7."""
+    """Random inputs; each target's logit is the same, a little below the log-sum-exp."""
     draw = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, workload.dtype)
     size, vocabulary = workload.hidden_size, workload.vocabulary
@@ -131,7 +131,7 @@ def make_inputs(workload: Workload, device: str, seed: int = 0) -> Inputs:
         used[row, : prompt + response] = True
         direction = torch.nn.functional.normalize(weight[drawn], dim=-1)
         of_target = hidden[row, prompt : prompt + response]
-        # log-sum-exp of V normal logits of deviation s is about log V + s²/2.
+        # The log-sum-exp of V normal logits of deviation s is at most log V + s²/2.
         wanted = torch.tensor(vocabulary).log() + LOGIT_DEVIATION**2 / 2 - 2
         along = (of_target * direction).sum(-1, keepdim=True)
         length = wanted / weight[drawn].norm(dim=-1, keepdim=True)

@@ -1,0 +1,187 @@
+"""`fastpref plan`: what a batch will take on a GPU, from a model's config alone.
+
+Bytes are the planner's own predictions; peers' are counted from their code. A time floor is the
+larger of FLOP over the GPU's dense 16-bit matrix rate and bytes moved over its bandwidth: no
+implementation is faster, and real ones are slower.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from fastpref.planner import Problem, make_plan, naive_bytes
+
+TRL_ROWS, TRL_COLUMNS = 4096, 32768
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published figures: dense 16-bit matrix FLOP/s, memory bytes/s and bytes."""
+
+    matrix_rate: float
+    bandwidth: float
+    memory: float
+
+
+GPUS = {
+    "h200": Gpu(989e12, 4.8e12, 141e9),
+    "h100": Gpu(989e12, 3.35e12, 80e9),
+    "a100": Gpu(312e12, 2.04e12, 80e9),
+    "4090": Gpu(165e12, 1.01e12, 24e9),
+    "b200": Gpu(2250e12, 8.0e12, 180e9),
+    "mi300x": Gpu(1307e12, 5.3e12, 192e9),
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One way to compute a batch's loss and gradients.
+
+    Args:
+        name: the schedule, or the peer.
+        products: matrix products, in units of U = 2·N·H·V FLOP.
+        flop: their floating-point operations.
+        extra_bytes: peak beyond inputs and parameters.
+        moved_bytes: least bytes read and written: logits passes, head, gradients.
+        automatic: this is what schedule="auto" takes.
+    """
+
+    name: str
+    products: float
+    flop: int
+    extra_bytes: int
+    moved_bytes: int
+    automatic: bool = False
+
+    def floor_seconds(self, gpu: Gpu) -> float:
+        return max(self.flop / gpu.matrix_rate, self.moved_bytes / gpu.bandwidth)
+
+
+def head_shape(model: str) -> tuple[int, int]:
+    """H and V from the config of a checkpoint directory or model name."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    return config.hidden_size, config.vocab_size
+
+
+def problem_for(
+    hidden_size: int,
+    vocabulary: int,
+    *,
+    pairs: int,
+    length: int,
+    lora: bool = False,
+    tensor_parallel: int = 1,
+    device: str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+) -> Problem:
+    """Pairs of two responses of `length` scored tokens; a rank holds V / tensor_parallel rows."""
+    return Problem(
+        counts=(length,) * (2 * pairs),
+        hidden_size=hidden_size,
+        vocabulary=-(-vocabulary // tensor_parallel),
+        dtype=dtype,
+        accumulate_dtype=torch.float32,
+        device=device,
+        total_rows=2 * pairs * length,
+        hidden_grad=True,
+        head_grad=not lora,
+    )
+
+
+def estimates(problem: Problem, budget: int | None = None) -> list[Estimate]:
+    """Every schedule that gives the gradients, then naive, TRL and Liger."""
+    automatic = make_plan(problem, pairs=True, budget=budget).schedule
+    schedules = ["pair_groups" if problem.head_grad else "frozen_head", "recompute"]
+    found = []
+    for schedule in schedules:
+        plan = make_plan(problem, pairs=True, budget=budget, schedule=schedule)
+        products = plan.flop / _product(problem)
+        passes = {"pair_groups": 14, "frozen_head": 12, "recompute": 8}[schedule]
+        moved = passes * problem.rows * problem.vocabulary + _operands(problem, products)
+        found.append(
+            Estimate(
+                schedule,
+                products,
+                plan.flop,
+                plan.extra_bytes,
+                moved,
+                automatic=schedule == automatic,
+            )
+        )
+    return [*found, _naive(problem), _trl(problem), _liger(problem)]
+
+
+def largest_batch(name: str, problem: Problem, free: int, budget: int | None = None) -> int:
+    """The most pairs whose hidden states and peak fit into `free` bytes; 0 if none does."""
+    of_pair = problem.counts[:2]
+
+    def fits(pairs: int) -> bool:
+        rows = pairs * sum(of_pair)
+        many = dataclasses.replace(problem, counts=of_pair * pairs, total_rows=rows)
+        hidden = rows * problem.hidden_size * problem.dtype.itemsize
+        peak = next(e.extra_bytes for e in estimates(many, budget) if e.name == name)
+        return hidden + peak <= free
+
+    low, high = 0, 1
+    while high <= 2**14 and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _product(problem: Problem) -> int:
+    return 2 * problem.rows * problem.hidden_size * problem.vocabulary
+
+
+def _operands(problem: Problem, products: float) -> int:
+    """Each product reads or writes the head and the rows once, at the least."""
+    elements = (problem.vocabulary + problem.rows) * problem.hidden_size
+    return int(products * elements * problem.dtype.itemsize)
+
+
+def _gradient_elements(problem: Problem) -> tuple[int, int]:
+    """Of hidden and of the head."""
+    of_head = problem.vocabulary * problem.hidden_size * problem.head_grad
+    return problem.total_rows * problem.hidden_size * problem.hidden_grad, of_head
+
+
+def _naive(problem: Problem) -> Estimate:
+    """bf16 logits, float32 copy, log-softmax and its gradient; every position is projected."""
+    products = 1 + problem.hidden_grad + problem.head_grad
+    elements = problem.total_rows * problem.vocabulary
+    moved = 40 * elements + _operands(problem, products)
+    return Estimate("naive", products, products * _product(problem), naive_bytes(problem), moved)
+
+
+def _trl(problem: Problem) -> Estimate:
+    """TRL 1.16: a tile of logits, float32 gradients, one recomputation.
+
+    On a CPU its fold and gradient are torch expressions over the tile: nine of them at once.
+    """
+    products = 2 + problem.hidden_grad + problem.head_grad
+    wide, narrow = problem.element_bytes, problem.dtype.itemsize
+    elements = sum(_gradient_elements(problem))
+    tile = min(problem.rows, TRL_ROWS) * TRL_COLUMNS
+    tile_bytes = 9 * tile * wide if problem.device == "cpu" else tile * narrow
+    accumulators = elements * (wide + (narrow if narrow != wide else 0))
+    moved = (4 * narrow + 6) * problem.rows * problem.vocabulary + _operands(problem, products)
+    extra = tile_bytes + accumulators
+    return Estimate("TRL 1.16", products, products * _product(problem), extra, moved)
+
+
+def _liger(problem: Problem) -> Estimate:
+    """Liger 0.8.5 DPO: pair by pair, with the head's gradient of a pair beside their sum."""
+    products = 1 + problem.hidden_grad + problem.head_grad
+    of_hidden, of_head = _gradient_elements(problem)
+    narrow = problem.dtype.itemsize
+    of_pair = max(sum(problem.counts[i : i + 2]) for i in range(0, len(problem.counts), 2))
+    extra = (of_hidden + 2 * of_head) * narrow + 3 * of_pair * problem.row_bytes
+    moved = 40 * problem.rows * problem.vocabulary + _operands(problem, products)
+    return Estimate("Liger DPO", products, products * _product(problem), extra, moved)

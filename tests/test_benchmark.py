@@ -1,0 +1,215 @@
+"""The benchmark's own honesty: same inputs, same result, plain reports, right predictions."""
+
+import copy
+import json
+import statistics
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastpref.benchmark import measure, report, workloads
+from fastpref.benchmark.measure import accuracy, peak_memory, runnable, time_peers
+from fastpref.benchmark.peers import OURS, PEERS, Peer
+from fastpref.benchmark.workloads import LENGTHS, Workload, make_inputs
+from fastpref.cli import app
+from fastpref.estimate import GPUS, estimates, head_shape, largest_batch, problem_for
+from fastpref.planner import make_plan
+
+run = CliRunner().invoke
+QUICK_PEERS = [name for name in PEERS if not PEERS[name].compiles]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A head small enough for a test, and workloads on it."""
+    monkeypatch.setitem(workloads.HEADS, "tiny", (32, 1009, None))
+    monkeypatch.setitem(workloads.HEADS, "capped", (32, 1009, 20.0))
+    return Workload("tiny", 2, 12)
+
+
+def test_inputs_are_as_said(tiny):
+    inputs = make_inputs(Workload("tiny", 8, 64), "cpu")
+    z = inputs.hidden.detach() @ inputs.weight.detach().T
+    of_target = z.log_softmax(-1).gather(-1, inputs.targets[..., None])
+    assert 4 < z.std() < 8
+    assert 0.1 < of_target.exp().mean() < 0.7
+    again = make_inputs(Workload("tiny", 8, 64), "cpu")
+    assert torch.equal(inputs.hidden, again.hidden)
+
+
+def test_lengths_are_those_of_preference_data():
+    ratios = [prompt / response for prompt, *both in LENGTHS for response in both]
+    assert statistics.median(ratios) == pytest.approx(0.42, abs=0.03)
+
+
+def test_packed_and_padded_hold_the_same_tokens(tiny):
+    padded = make_inputs(Workload("tiny", 3, 0), "cpu")
+    packed = make_inputs(Workload("tiny", 3, 0, packed=True), "cpu")
+    assert torch.equal(padded.hidden[padded.targets != -100], packed.hidden[packed.targets != -100])
+    assert packed.cu_seqlens[-1] == len(packed.hidden)
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [
+        Workload("tiny", 2, 12),
+        Workload("tiny", 2, 12, frozen=True),
+        Workload("tiny", 2, 0),
+        Workload("tiny", 2, 0, packed=True),
+        Workload("capped", 2, 12),
+    ],
+    ids=lambda workload: workload.name,
+)
+def test_every_peer_computes_the_same(workload, tiny):
+    """Loss and gradients of each, in float32, against float64."""
+    inputs = make_inputs(workload, "cpu")
+    names, skipped = runnable(QUICK_PEERS, inputs)
+    assert {"naive", "TRL 1.16 chunked"} <= set(names)
+    assert len(set(names) & set(OURS)) == 2
+    assert all(skipped.values())
+    timed = time_peers(workload, names, rounds=1, device="cpu")
+    assert {entry["peer"] for entry in timed} == set(names)
+    if inputs.cu_seqlens is None:
+        for entry in accuracy(inputs, names, "random"):
+            assert entry["loss"] <= 1e-5, entry
+            assert entry["grad_hidden"] <= 1e-5, entry
+            assert entry.get("grad_weight", 0) <= 1e-5, entry
+
+
+def test_a_peer_with_a_wrong_result_is_not_timed(tiny, monkeypatch):
+    monkeypatch.setitem(PEERS, "wrong", Peer(lambda inputs: lambda: inputs.hidden.sum()))
+    with pytest.raises(RuntimeError, match="wrong computes"):
+        time_peers(tiny, ["naive", "wrong"], rounds=1, device="cpu")
+
+
+def test_a_ratio_is_formed_within_its_round():
+    spread = measure.spread_of_ratios([2.0, 40.0, 2.0], [1.0, 20.0, 1.0])
+    assert spread == {"median": 2.0, "low": 2.0, "high": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("workload", "name"),
+    [
+        (Workload("smollm2-135m", 2, 96), "fastpref pair groups"),
+        (Workload("smollm2-135m", 2, 96, frozen=True), "fastpref frozen head"),
+        (Workload("smollm2-135m", 2, 96), "fastpref recompute"),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_predicted_memory_is_what_is_measured(workload, name):
+    """Within a tenth of the growth of a fresh process."""
+    measured = peak_memory(workload, name, "cpu", repeats=1)["bytes"]
+    problem = problem_for(
+        workload.hidden_size,
+        workload.vocabulary,
+        pairs=workload.pairs,
+        length=workload.length,
+        lora=workload.frozen,
+        device="cpu",
+        dtype=torch.float32,
+    )
+    schedule = name.removeprefix("fastpref ").replace(" ", "_")
+    plan = make_plan(problem, pairs=True, schedule=schedule)
+    assert plan.extra_bytes == pytest.approx(measured, rel=0.1)
+
+
+# --- reports ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(tiny):
+    suite = report.Suite((tiny,), 2, 1, (), False, ("bfloat16",), 1, 0)
+    names = ["naive", "TRL 1.16 chunked", "CCE", *OURS]
+
+    class Silent:
+        def add_task(self, *_, **__):
+            return 0
+
+        def update(self, *_, **__):
+            pass
+
+        def remove_task(self, _):
+            pass
+
+    found = report.run_suite(suite, names, "cpu", None, Silent(), memory=False)
+    for peer in ("naive", "TRL 1.16 chunked", *OURS):
+        found["memory"].append(
+            {"workload": tiny.name, "peer": peer, "bytes": 5e7, "low": 5e7, "high": 5e7}
+        )
+    return found
+
+
+def test_report(results, tmp_path):
+    from rich.console import Console
+
+    console = Console(width=120, record=True)
+    report.print_report(results, console)
+    text = console.export_text()
+    assert "fastpref pair groups" in text
+    assert "not run: CCE: needs a CUDA GPU" in text
+    paths = report.write_report(results, tmp_path)
+    assert json.loads(paths[0].read_text()) == results
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths[1:])
+    assert results["environment"]["versions"]["torch"] == torch.__version__
+
+
+def test_comparison_names_what_got_worse(results):
+    for entry in results["speed"]:
+        entry["ratio"] = {"median": 1.0, "low": 0.9, "high": 1.1}
+    assert report.regressions(results, results) == []
+    slower = copy.deepcopy(results)
+    for entry in slower["speed"]:
+        entry["ratio"] = {name: 3 * value for name, value in entry["ratio"].items()}
+    for entry in slower["memory"]:
+        entry["low"] *= 2
+    found = report.regressions(slower, results)
+    assert any(line.startswith("slower: fastpref recompute") for line in found)
+    assert any(line.startswith("larger: fastpref pair groups") for line in found)
+    assert not any("TRL" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [(["--peers", "nobody"], "no peer is called"), (["--workload", "gpt-9"], "unknown workload")],
+)
+def test_bench_refuses_unknown_names(more, message):
+    result = run(app, ["bench", *more])
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+# --- plan ---------------------------------------------------------------------------------------
+
+
+def test_plan_reads_only_the_config(tiny_llama, tmp_path):
+    (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
+    assert head_shape(str(tmp_path)) == (32, 101)
+    result = run(app, ["plan", "--model", str(tmp_path), "--pairs", "2", "--length", "64"])
+    assert result.exit_code == 0, result.output
+    for text in ("pair_groups (auto)", "recompute", "naive", "TRL 1.16", "Liger DPO", "4 U"):
+        assert text in result.output
+    frozen = run(app, ["plan", "--model", str(tmp_path), "--lora", "--gpu", "4090", "--tp", "2"])
+    assert "frozen_head (auto)" in frozen.output
+
+
+def test_plan_refuses(tiny_llama):
+    assert "unknown GPU" in run(app, ["plan", "--model", str(tiny_llama), "--gpu", "x"]).output
+    small = run(app, ["plan", "--model", "no/such/model"])
+    assert small.exit_code == 2
+    assert "no config" in small.output
+
+
+def test_estimates_of_a_llama_3_8b():
+    problem = problem_for(4096, 128256, pairs=8, length=1024)
+    found = {each.name: each for each in estimates(problem)}
+    one = 2 * 16384 * 4096 * 128256
+    assert found["pair_groups"].flop == 3 * one
+    assert found["TRL 1.16"].flop == 4 * one
+    floor = found["pair_groups"].floor_seconds(GPUS["h200"])
+    assert floor >= 3 * one / 989e12
+    assert found["naive"].extra_bytes > 5 * found["pair_groups"].extra_bytes
+    pairs = largest_batch("naive", problem, int(80e9))
+    assert 8 < pairs < largest_batch("recompute", problem, int(80e9))
+    split = problem_for(4096, 128256, pairs=8, length=1024, tensor_parallel=4)
+    assert split.vocabulary == 32064
