@@ -273,8 +273,8 @@ def plan_command(
         _fail(f"unknown GPU {gpu!r}; expected one of {list(GPUS)}")
     try:
         hidden_size, vocabulary = head_shape(model)
-    except (OSError, ValueError, AttributeError) as problem:
-        _fail(f"no config of a causal language model at {model!r}: {str(problem).splitlines()[0]}")
+    except (OSError, ValueError, AttributeError) as error:
+        _fail(f"no config of a causal language model at {model!r}: {str(error).splitlines()[0]}")
     spec = GPUS[gpu]
     room = int((free or spec.memory / 1e9) * 1e9)
     bytes_ = None if budget is None else budget * 2**20

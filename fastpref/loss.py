@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -212,6 +213,14 @@ def sequence_logps(
         return rows.sums(per_row), rows.lengths
 
 
+@overload
+def linear_logps(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, stats: tuple[()] = (), **options: Any
+) -> Tensor: ...
+@overload
+def linear_logps(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, stats: Sequence[str], **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]: ...
 def linear_logps(
     hidden: Tensor,  # (N, H), or any leading shape
     weight: Tensor,  # (V, H)
