@@ -42,11 +42,12 @@ class TokenLogps(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         with _no_autocast(hidden):
-            rows = hidden if index is None else hidden.index_select(0, index)
             if plan.schedule == "frozen_head":
+                rows = hidden if index is None else hidden.index_select(0, index)
                 found, kept = _forward_with_row_gradients(rows, targets, head, plan, backend, stats)
             else:
-                found, kept = backend.forward(rows, targets, head, plan.tile, stats), None
+                found = backend.forward(hidden, index, targets, head, plan.tile, stats)
+                kept = None
         entropy = found.extra.get("entropy")
         ctx.save_for_backward(hidden, weight, bias, targets, index, found.lse, entropy, kept)
         ctx.settings = (head.logit_scale, head.softcap, head.temperature, head.compute_dtype)
@@ -100,7 +101,8 @@ def _forward_with_row_gradients(
     for a, b in plan.groups:
         part = backend.group_forward(rows[a:b], targets[a:b], head, buffer[: b - a], stats)
         grads = Grads(kept[a:b], None, None)
-        backend.group_backward(rows[a:b], head, buffer[: b - a], part.factor, grads)
+        ones = torch.ones_like(part.lse)
+        backend.group_backward(rows[a:b], targets[a:b], head, buffer[: b - a], part, ones, grads)
         parts.append(part)
     return RowStats.concatenate(parts), kept
 
@@ -214,21 +216,24 @@ class _PairGroup:
                 part = self._project(a, b)
             of_piece = coef[a - start : b - start]
             for i, j in _live_ranges(of_piece):
-                self._backward(a, i, j, part.factor * of_piece)
+                self._backward(a, i, j, part, of_piece)
 
     def _project(self, a: int, b: int) -> RowStats:
         operand = self.hidden.index_select(0, self.rows.index[a:b])
         targets, buffer = self.rows.targets[a:b], self.buffer[: b - a]
         return self.backend.group_forward(operand, targets, self.head, buffer, self.stats)
 
-    def _backward(self, start: int, i: int, j: int, factor: Tensor) -> None:
+    def _backward(self, start: int, i: int, j: int, part: RowStats, coef: Tensor) -> None:
         index = self.rows.index[start + i : start + j]
+        targets = self.rows.targets[start + i : start + j]
         operand = self.hidden.index_select(0, index)
         of_rows = None
         if self.grads.hidden is not None:
             of_rows = operand.new_empty(operand.shape, dtype=self.head.accumulate_dtype)
         grads = Grads(of_rows, self.grads.weight, self.grads.bias)
-        self.backend.group_backward(operand, self.head, self.buffer[i:j], factor[i:j], grads)
+        self.backend.group_backward(
+            operand, targets, self.head, self.buffer[i:j], part[i:j], coef[i:j], grads
+        )
         if of_rows is not None:
             self.grads.hidden.index_copy_(0, index, of_rows)
 

@@ -46,14 +46,19 @@ def accumulate_dtype(compute_dtype: torch.dtype) -> torch.dtype:
 class RowStats:
     """What is known of n rows once their logits have been seen, each `(n,)`.
 
-    `factor` turns what `group_forward` left in its buffer into the gradient of ℓ_t with respect to
-    `W h_t + b`; only that backend's `group_backward` reads it.
+    `factor` is what else a backend's `group_backward` needs of its `group_forward`, if anything.
     """
 
     logps: Tensor
     lse: Tensor
     extra: dict[str, Tensor]  # the requested ones of TOKEN_STATS
     factor: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> RowStats:
+        """Of some of the rows."""
+        extra = {name: value[rows] for name, value in self.extra.items()}
+        factor = None if self.factor is None else self.factor[rows]
+        return RowStats(self.logps[rows], self.lse[rows], extra, factor)
 
     @classmethod
     def concatenate(cls, parts: list[RowStats]) -> RowStats:
@@ -80,7 +85,8 @@ class Grads:
 class Backend(Protocol):
     def forward(
         self,
-        hidden: Tensor,  # (n, H)
+        hidden: Tensor,  # (M, H)
+        index: Tensor | None,  # (n,) rows of hidden, None for all
         targets: Tensor,  # (n,)
         head: Head,
         tile: tuple[int, int],  # rows × vocabulary columns held at once
@@ -101,9 +107,11 @@ class Backend(Protocol):
     def group_backward(
         self,
         hidden: Tensor,  # (n, H)
+        targets: Tensor,  # (n,)
         head: Head,
         buffer: Tensor,  # (n, V), consumed
-        factor: Tensor,  # (n,), RowStats.factor times the rows' coefficients
+        rows: RowStats,
+        coef: Tensor,  # (n,)
         grads: Grads,
     ) -> None:
         """Writes `grads.hidden`, adds to `grads.weight` and `grads.bias`."""
@@ -133,8 +141,14 @@ def choose_backend(name: str, device: torch.device) -> Backend:
 
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; expected one of {list(BACKENDS)}")
-    if name == "triton":
+    if name == "triton" or (name == "auto" and device.type in ("cuda", "xpu")):
         import fastpref_kernels
 
-        raise RuntimeError(f"backend='triton': {fastpref_kernels.unavailable_reason(device.type)}")
+        reason = fastpref_kernels.unavailable_reason(device.type)
+        if reason is None:
+            from fastpref.backends import triton_backend
+
+            return triton_backend
+        if name == "triton":
+            raise RuntimeError(f"backend='triton': {reason}")
     return torch_backend

@@ -1,14 +1,16 @@
 """Triton kernels of fastpref: projection, softmax statistics, gradient and pair weighting.
 
-This release carries none yet; `unavailable_reason` says so to whoever asks for them.
+They know rows, vocabulary, coefficients and offsets; nothing of modules or losses by name. Where
+Triton is missing only `unavailable_reason` is here, and says so.
 """
+
+from .availability import HAS_TRITON, unavailable_reason
 
 __all__ = ["unavailable_reason"]
 
+if HAS_TRITON:
+    from .configs import Epilogue
+    from .forward import projection_statistics
+    from .rows import row_gradients_, row_statistics
 
-def unavailable_reason(device_type: str) -> str:
-    """Why the Triton kernels cannot run on a device of this type ("cuda", "cpu", …)."""
-    return (
-        f"this release of fastpref_kernels has no Triton kernels (asked for on {device_type!r}); "
-        "use backend='torch' or 'auto'"
-    )
+    __all__ += ["Epilogue", "projection_statistics", "row_gradients_", "row_statistics"]
