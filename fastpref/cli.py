@@ -153,12 +153,25 @@ def verify_command(
     objective: Annotated[
         list[str] | None, typer.Option(help="Only these objectives; repeatable.")
     ] = None,
+    compile_: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the Triton kernels for all GPUs instead."),
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="With --compile: write the table there, as JSON.")
+    ] = None,
 ) -> None:
     """Compare every objective and schedule with the float64 reference on this machine.
 
     The table shows the largest error over all shapes as a share of the allowed one, and which
     quantity has it: log-probabilities ℓ, loss L or a gradient. Exit status 1 if any exceeds 1.
+
+    With --compile: registers, shared memory and spills of every Triton kernel on five GPU
+    architectures, none of which need be here. Exit status 1 if any spills or does not fit.
     """
+    if compile_:
+        _report_compilation(output)
+        return
     if not device:
         accelerator = torch.accelerator.current_accelerator()
         device = accelerator.type if accelerator else "cpu"
@@ -197,6 +210,26 @@ def verify_command(
     verdict = "all within the allowed error" if not failures else f"{failures} beyond it"
     console.print(f"{checks} comparisons with float64, {verdict}")
     if failures:
+        raise typer.Exit(1)
+
+
+def _report_compilation(output: Path | None) -> None:
+    import fastpref_kernels
+
+    if not fastpref_kernels.HAS_TRITON:
+        _fail("the package triton is not installed")
+    from fastpref import compile_report
+
+    cases = track(
+        compile_report.compile_all(), "compiling", total=None, console=console, transient=True
+    )
+    found = list(cases)
+    console.print(compile_report.table_of(found))
+    if output is not None:
+        compile_report.write(found, output)
+    faulty = sum(bool(faults) for _, faults in found)
+    console.print(f"{len(found)} kernels compiled, {faulty or 'none'} with a fault")
+    if faulty:
         raise typer.Exit(1)
 
 

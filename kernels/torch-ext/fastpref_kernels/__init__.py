@@ -6,11 +6,19 @@ Triton is missing only `unavailable_reason` is here, and says so.
 
 from .availability import HAS_TRITON, unavailable_reason
 
-__all__ = ["unavailable_reason"]
+__all__ = ["HAS_TRITON", "unavailable_reason"]
 
 if HAS_TRITON:
+    from .cases import CompileCase, compile_cases
     from .configs import Epilogue
     from .forward import projection_statistics
     from .rows import row_gradients_, row_statistics
 
-    __all__ += ["Epilogue", "projection_statistics", "row_gradients_", "row_statistics"]
+    __all__ += [
+        "CompileCase",
+        "Epilogue",
+        "compile_cases",
+        "projection_statistics",
+        "row_gradients_",
+        "row_statistics",
+    ]

@@ -10,7 +10,7 @@ environment variable tries one without changing it:
 
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -113,8 +113,15 @@ def architecture(device: torch.device) -> str:
     return device.type
 
 
-def projection_config(name: str, dtype: torch.dtype, rich: bool) -> ProjectionConfig:
-    """Of an architecture by its name; `rich` where the epilogue does more than log-sum-exp."""
+def projection_config(
+    name: str, dtype: torch.dtype, *, rich: bool, describable: bool = True
+) -> ProjectionConfig:
+    """Of an architecture by its name.
+
+    Args:
+        rich: the epilogue does more than log-sum-exp.
+        describable: tensor descriptors may point at the operands.
+    """
     if INTERPRETED:
         found = _PROJECTION_INTERPRETED
     elif dtype.itemsize > 2:
@@ -122,15 +129,16 @@ def projection_config(name: str, dtype: torch.dtype, rich: bool) -> ProjectionCo
     else:
         name = _nearest(name)
         found = _PROJECTION[name]
-        if rich:
+        # Addresses of pointer loads take registers too.
+        if rich or (found.descriptors and not describable):
             found = _PROJECTION_RICH.get(name, found)
     asked = os.environ.get("FASTPREF_PROJECTION")
     if asked:
-        return ProjectionConfig(*map(int, asked.split(",")), descriptors=found.descriptors)
-    return found
+        found = ProjectionConfig(*map(int, asked.split(",")), descriptors=found.descriptors)
+    return replace(found, descriptors=found.descriptors and describable)
 
 
-def of_rows(tensor: Tensor | None = None) -> RowsConfig:
+def rows_config() -> RowsConfig:
     """The configuration of the row kernels."""
     asked = os.environ.get("FASTPREF_ROWS")
     if asked:

@@ -28,8 +28,8 @@ from .rows import as_booleans, new_statistics, statistics_flags, statistics_poin
 _PARTIAL_BYTES = 16 * 2**20
 # Bytes of the weight converted at a time where the products do not take its dtype.
 _CONVERTED_BYTES = 64 * 2**20
-_BAND = 8  # row blocks that share the weight's tiles while those are in the L2 cache
-_MERGE_N, _MERGE_T = 32, 32  # rows × tiles that the merge holds
+BAND = 8  # row blocks that share the weight's tiles while those are in the L2 cache
+MERGE_N, MERGE_T = 32, 32  # rows × tiles that the merge holds
 
 
 @triton.jit(do_not_specialize=["rows", "tile_offset", "first", "partial_stride"])
@@ -209,8 +209,12 @@ def projection_statistics(
     dtype = dtype or hidden.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     rows, (vocabulary, _) = len(targets), weight.shape
-    rich = bool(stats) or epilogue.softcap is not None
-    config = projection_config(architecture(hidden.device), dtype, rich)
+    config = projection_config(
+        architecture(hidden.device),
+        dtype,
+        rich=bool(stats) or epilogue.softcap is not None,
+        describable=_describable(hidden, dtype) and _describable(weight, dtype),
+    )
     values = 5 if {"entropy", "log_sum_sq_probs"} & set(stats) else 2 + ("mean_logits" in stats)
     slices = _weight_slices(weight, dtype, config.block_v)
     tiles = triton.cdiv(vocabulary, config.block_v)
@@ -231,7 +235,7 @@ def projection_statistics(
                 left, weight[first:last].to(dtype), epilogue.sliced(first, last), targets[part],
                 left_index, target_z, partials, best, first, config, stats,
             )  # fmt: skip
-        merge_kernel[(triton.cdiv(n, _MERGE_N),)](
+        merge_kernel[(triton.cdiv(n, MERGE_N),)](
             partials,
             best,
             targets[part],
@@ -242,8 +246,8 @@ def projection_statistics(
             tiles * n,
             vocabulary,
             **statistics_flags(stats),
-            BLOCK_N=_MERGE_N,
-            BLOCK_T=_MERGE_T,
+            BLOCK_N=MERGE_N,
+            BLOCK_T=MERGE_T,
             num_warps=4,
         )
     return logps, lse, as_booleans(extra)
@@ -281,8 +285,7 @@ def _project(
     strides = hidden.stride(0), weight.stride(0)
     _, tiles, _ = partials.shape
     blocks = triton.cdiv(rows, config.block_n) * triton.cdiv(columns, config.block_v)
-    descriptors = config.descriptors and _describable(hidden) and _describable(weight)
-    if descriptors:
+    if config.descriptors:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         hidden = TensorDescriptor.from_tensor(hidden, [config.block_n, config.block_h])
@@ -306,21 +309,22 @@ def _project(
         **epilogue.flags(),
         HAS_INDEX=index is not None,
         **statistics_flags(stats),
-        HAS_DESCRIPTORS=descriptors,
+        HAS_DESCRIPTORS=config.descriptors,
         UPCAST=INTERPRETED and partials.dtype != torch.float64,
         BLOCK_N=config.block_n,
         BLOCK_V=config.block_v,
         BLOCK_H=config.block_h,
-        BAND=_BAND,
+        BAND=BAND,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
 
 
-def _describable(tensor: Tensor) -> bool:
-    """The copy engine takes 16-byte aligned rows."""
-    aligned = tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
-    return aligned and len(tensor) > 0
+def _describable(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the copy engine takes its rows: they begin at multiples of 16 bytes."""
+    if tensor.dtype != dtype or tensor.stride(-1) != 1:  # it will be copied
+        return tensor.shape[1] * dtype.itemsize % 16 == 0
+    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * dtype.itemsize % 16 == 0
 
 
 def _processors(device: torch.device) -> int:

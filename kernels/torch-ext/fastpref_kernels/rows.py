@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Epilogue, of_rows
+from .configs import Epilogue, rows_config
 from .primitives import (
     finite,
     head_epilogue,
@@ -151,7 +151,7 @@ def row_statistics(
     logps, lse = (products.new_empty(rows) for _ in range(2))
     extra = new_statistics(logps, stats)
     if rows:
-        config = of_rows(products)
+        config = rows_config()
         row_statistics_kernel[(triton.cdiv(rows, config.block_n),)](
             products,
             epilogue.bias_or(products),
@@ -188,7 +188,7 @@ def row_gradients_(
     grad = products.view(dtype)[:, :columns]
     entropies, entropy_coefs = (lse, coef) if entropy is None else entropy
     if rows and columns:
-        config = of_rows(products)
+        config = rows_config()
         row_gradients_kernel[(triton.cdiv(rows, config.block_n),)](
             products,
             grad,
