@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastpref.backends import Backend, Grads, Head, RowStats
+from fastpref.backends import Backend, Grads, Head, RowStats, Weighed
 from fastpref.objectives import Objective, PairLogps
 from fastpref.planner import Plan, even_ranges
 from fastpref.sequences import Rows
@@ -108,7 +108,7 @@ def _forward_with_row_gradients(
 
 
 class PairGroups(torch.autograd.Function):
-    """`(loss, losses (B,), logps (2B,), *stats (N,))`; only the loss is differentiable.
+    """`(loss, losses (B,), logps (2B,), metrics, *stats (N,))`; only the loss is differentiable.
 
     Gradients leave the forward for an upstream gradient of 1 and are scaled in the backward, in
     place and without a device synchronisation, then handed over: a second backward is an error.
@@ -142,14 +142,15 @@ class PairGroups(torch.autograd.Function):
             group = _PairGroup(hidden, rows, head, plan, backend, stats, grads)
             for first, last in plan.groups:
                 group.run(first, last, pair_inputs, objective, divisor)
-        losses = torch.cat(group.losses)
-        logps = rows.in_batch_order(torch.cat(group.logps))
+        losses = torch.cat([part.losses for part in group.weighed])
+        logps = rows.in_batch_order(torch.cat([part.logps for part in group.weighed]))
+        metrics = _joined([part.metrics for part in group.weighed])
         found = RowStats.concatenate(group.parts)
         extra = [found.extra[name] for name in stats]
-        ctx.grads = grads
+        ctx.grads, ctx.backend = grads, backend
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(losses, logps, *extra)
-        return losses.sum() / divisor, losses, logps, *extra
+        return losses.sum() / divisor, losses, logps, metrics, *extra
 
     @staticmethod
     @once_differentiable
@@ -161,8 +162,9 @@ class PairGroups(torch.autograd.Function):
             )
         grads, ctx.grads = ctx.grads, None
         # Rounded once, after scaling: fp16 gradients of an unscaled loss would underflow.
+        scale = ctx.backend.scaled or _scaled
         scaled = [
-            None if grad is None else _scale_(grad, upstream).to(dtype)
+            None if grad is None else scale(grad, upstream, dtype)
             for grad, dtype in zip(
                 (grads.hidden, grads.weight, grads.bias), ctx.dtypes, strict=True
             )
@@ -188,8 +190,7 @@ class _PairGroup:
         shape = (plan.group_rows, len(head.weight))
         self.buffer = hidden.new_empty(shape, dtype=head.accumulate_dtype)
         self.parts: list[RowStats] = []
-        self.losses: list[Tensor] = []
-        self.logps: list[Tensor] = []
+        self.weighed: list[Weighed] = []
 
     def run(
         self,
@@ -206,15 +207,12 @@ class _PairGroup:
         parts = [self._project(a, b) for a, b in pieces]
         self.parts += parts
         group = RowStats.concatenate(parts)
-        logps = rows.sums(group.logps, 2 * first, 2 * last)
-        losses, coefs = pair_inputs.weigh(objective, logps, first, last)
-        self.logps.append(logps)
-        self.losses.append(losses)
-        coef = rows.spread(coefs / divisor, 2 * first)
+        weighed = pair_inputs.weigh(objective, self.backend, group.logps, first, last, divisor)
+        self.weighed.append(weighed)
         for (a, b), part in zip(pieces, parts, strict=True):
             if len(pieces) > 1:  # a pair beyond the budget: its buffer has been overwritten
                 part = self._project(a, b)
-            of_piece = coef[a - start : b - start]
+            of_piece = weighed.coef[a - start : b - start]
             for i, j in _live_ranges(of_piece):
                 self._backward(a, i, j, part, of_piece)
 
@@ -250,6 +248,7 @@ class PairInputs:
         self.counted = [chosen > 0 and rejected > 0 for chosen, rejected in pairs]
         # (2, B): chosen and rejected
         self.lengths = rows.lengths.view(2, -1)
+        self.rows = rows
         self.ref_logps = None if ref_logps is None else ref_logps.detach().view(2, -1)
         self.scores = None if scores is None else scores.detach().view(2, -1)
 
@@ -293,17 +292,75 @@ class PairInputs:
             return losses
         return logps.new_zeros(logps.shape[1]).index_copy(0, which, losses.to(logps.dtype))
 
+    def fusible(self, objective: Objective, backend: Backend) -> bool:
+        """Whether the backend can do in one launch what autograd does otherwise."""
+        return backend.weigh_pairs is not None and objective.formula() is not None
+
     def weigh(
-        self, objective: Objective, logps: Tensor, first: int, last: int
-    ) -> tuple[Tensor, Tensor]:
-        """Losses and coefficients ∂ΣL/∂ℓ, in pair order, from `logps (2·pairs,)` in pair order."""
+        self,
+        objective: Objective,
+        backend: Backend,
+        logps: Tensor,  # (n,) rows of the pairs first:last
+        first: int,
+        last: int,
+        divisor: int,
+    ) -> Weighed:
+        """Losses of the pairs `first:last`, and the coefficients of their rows."""
+        rows = self.rows
+        if self.fusible(objective, backend):
+            return backend.weigh_pairs(
+                logps,
+                rows.offsets,
+                objective.formula(),
+                first=first,
+                last=last,
+                divisor=divisor,
+                ref_logps=self.ref_logps,
+                scores=self.scores,
+                token_weights=rows.weights_of(2 * first, 2 * last),
+            )
+        sums = rows.sums(logps, 2 * first, 2 * last)
         with torch.enable_grad():
-            leaf = logps.view(-1, 2).T.detach().requires_grad_()
+            leaf = sums.view(-1, 2).T.detach().requires_grad_()
             losses = self.losses(objective, leaf, first, last)
             coefs = torch.zeros_like(leaf)
             if losses.requires_grad:
                 (coefs,) = torch.autograd.grad(losses.sum(), leaf, materialize_grads=True)
-        return losses.detach(), coefs.T.flatten()
+        coef = rows.spread(coefs.T.flatten() / divisor, 2 * first)
+        return Weighed(sums, losses.detach(), coef)
+
+    def mean_metrics(self, per_pair: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Means over the counted pairs, 0 of none, from values that are 0 for the others."""
+        counted = max(1, sum(self.counted))
+        return {name: values.sum() / counted for name, values in per_pair.items()}
+
+
+class PairLosses(torch.autograd.Function):
+    """`(losses (B,), logps (2B,), metrics)` from token log-probabilities, by the fused kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logps: Tensor, inputs: PairInputs, objective: Objective, backend: Backend
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        weighed = inputs.weigh(objective, backend, logps, 0, len(inputs.counted), 1)
+        ctx.save_for_backward(weighed.coef)
+        ctx.rows = inputs.rows
+        summed = inputs.rows.in_batch_order(weighed.logps)
+        ctx.mark_non_differentiable(summed)
+        return weighed.losses, summed, weighed.metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_losses: Tensor, *_: Tensor) -> tuple:
+        (coef,) = ctx.saved_tensors
+        return coef * ctx.rows.repeat(of_losses.repeat_interleave(2)), None, None, None
+
+
+def _joined(parts: list[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
+    """Metrics of consecutive pairs as one."""
+    if parts[0] is None:
+        return None
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _live_rows(coef: Tensor, of_entropy: Tensor | None) -> Tensor | None:
@@ -331,10 +388,11 @@ def _at_rows(grad_rows: Tensor, index: Tensor | None, hidden: Tensor) -> Tensor:
     return torch.zeros_like(hidden).index_copy_(0, index, grad_rows)
 
 
-def _scale_(grad: Tensor, upstream: Tensor) -> Tensor:
-    if upstream.device.type == "cpu" and upstream.item() == 1:
-        return grad
-    return grad.mul_(upstream)
+def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """`grad · upstream` in `dtype`; grad is consumed."""
+    if upstream.device.type != "cpu" or upstream.item() != 1:
+        grad.mul_(upstream)
+    return grad.to(dtype)
 
 
 def _no_autocast(hidden: Tensor) -> AbstractContextManager:

@@ -20,9 +20,26 @@ pytest.importorskip("triton")
 import fastpref_kernels as kernels
 from fastpref_kernels import Epilogue
 
-from fastpref import DPO, Balance, UniDPO, linear_logps, preference_loss, reference
+from fastpref import (
+    CPO,
+    DPO,
+    IPO,
+    ORPO,
+    RDPO,
+    AdaDPO,
+    Balance,
+    Hinge,
+    Objective,
+    PairLogps,
+    SimPO,
+    UniDPO,
+    linear_logps,
+    preference_loss,
+    reference,
+)
 from fastpref.backends import accumulate_dtype
-from fastpref.verify import SHAPES, Shape, make_batch, verify
+from fastpref.objectives import pair_metrics
+from fastpref.verify import SHAPES, Shape, make_batch, objectives_to_verify, verify
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
@@ -347,6 +364,179 @@ def test_gradient_of_vocabulary_slices_is_that_of_the_whole(poison):
     assert torch.equal(torch.cat(slices, 1), whole)
 
 
+# --- pairs --------------------------------------------------------------------------------------
+
+OBJECTIVES = {
+    **objectives_to_verify(),
+    "label noise": DPO(label_smoothing=0.2),
+    "normalized": DPO(beta=2.0, length_normalized=True),
+    "normalized hinge": Hinge(beta=3.0, length_normalized=True),
+    "normalized rdpo": RDPO(length_normalized=True, alpha=0.3),
+    "normalized cpo": CPO(length_normalized=True, beta=1.0, nll_weight=0.3),
+    "balanced cpo": CPO(balance=Balance(per_token=False, clip=3.0)),
+    "balance of rewards": SimPO(balance=Balance(source="implicit_reward", clip=math.inf)),
+    "uneven balance": RDPO(balance=Balance(chosen_exponent=0.9, rejected_exponent=-0.3)),
+    "no balance at all": IPO(balance=Balance(clip=1.0)),
+    "balanced odds": ORPO(odds_weight=2.0, balance=Balance(clip=1.5)),
+    "sums": UniDPO(length_normalized=False, beta=0.1, nll_weight=0.2),
+    "detached": UniDPO(detach_performance_weight=True, nll_weight=0.3, tau_good=5.0),
+    "no quality": UniDPO(eta=0.0, nll_weight=0.0, gamma=0.7, balance=Balance()),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PairBatch:
+    """Token log-probabilities of responses, chosen and rejected in turn; two of them are empty."""
+
+    logps: torch.Tensor
+    offsets: torch.Tensor
+    ref_logps: torch.Tensor  # (2, B)
+    scores: torch.Tensor  # (2, B)
+    token_weights: torch.Tensor | None
+
+    def pairs(self, dtype):
+        """What the objective sees of the counted pairs, and which those are."""
+        logps = self.logps if self.token_weights is None else self.logps * self.token_weights
+        sums = [logps[a:b].to(dtype).sum() for a, b in itertools.pairwise(self.offsets.tolist())]
+        sums = torch.stack(sums).view(-1, 2).T.detach()
+        lengths = self.offsets.diff().view(-1, 2).T.to(dtype)
+        counted = (lengths > 0).all(0)
+        columns = [x.to(dtype)[:, counted] for x in (sums, lengths, self.ref_logps, self.scores)]
+        return PairLogps(*(row for pair in columns for row in pair)), counted
+
+
+def make_pairs(dtype, weighted, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([5, 9, 1, 1, 0, 4, 3000, 1300, 7, 0, 12, 12, 2, 3])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    # A mean log-probability of its own for each response, from near 0 to −6.
+    means = -((6 * torch.rand(len(lengths), generator=draw)) ** 2) / 6
+    noise = 0.5 + torch.rand(int(offsets[-1]), generator=draw)
+    logps = (means.repeat_interleave(lengths) * noise).to(dtype)
+    sums = (means * lengths).view(-1, 2).T
+    ref_logps = sums + 2 * torch.randn(sums.shape, generator=draw)
+    scores = 10 * torch.rand(sums.shape, generator=draw)
+    weights = torch.rand(len(logps), generator=draw) if weighted else None
+    return PairBatch(logps, offsets, ref_logps, scores, weights)
+
+
+def weigh(objective, pairs, dtype, moved=0.0):
+    """Losses, ∂Σ/∂ℓ `(2, B)` and metrics by the reference's formulas and autograd."""
+    leaf = torch.stack([pairs.chosen_logps, pairs.rejected_logps]) + moved
+    leaf = leaf.to(dtype).requires_grad_()
+    fields = {k: v.to(dtype) for k, v in vars(pairs).items()}
+    pairs = PairLogps(**(fields | {"chosen_logps": leaf[0], "rejected_logps": leaf[1]}))
+    losses = reference.pair_losses(objective, pairs)
+    (coefs,) = torch.autograd.grad(losses.sum(), leaf)
+    return losses.detach().double(), coefs.double(), pair_metrics(objective, pairs)
+
+
+@interpreted
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_pairs_of_every_objective(name, dtype, poison):
+    objective, weighted = OBJECTIVES[name], dtype == torch.float64
+    batch = make_pairs(dtype, weighted)
+    pairs, counted = batch.pairs(torch.float64)
+    losses, coefs, metrics = weigh(objective, pairs, torch.float64)
+    plain_losses, plain_coefs, plain_metrics = weigh(objective, pairs, torch.float32)
+
+    # As in fastpref.verify: amplification as float32 shows it, what one rounding of each token and
+    # of each sum does to the formula, and the roundings of the result.
+    u = unit(dtype) + unit(torch.float64)
+    scale = u / unit(torch.float32)
+    sums = torch.stack([pairs.chosen_logps, pairs.rejected_logps])
+    delta = u * sums.abs() * (2 if weighted else 1) + unit(torch.float64) * 3000
+    allowed_losses = 2 * scale * (plain_losses - losses).abs().max() + 2 * u * losses.abs().max()
+    allowed_coefs = 2 * scale * (plain_coefs - coefs).abs().max() + 2 * u * coefs.abs().max()
+    for sign in itertools.product((-1, 1), repeat=2):
+        moved = weigh(objective, pairs, torch.float64, delta * torch.tensor(sign)[:, None])
+        allowed_losses += (moved[0] - losses).abs().max()
+        allowed_coefs += (moved[1] - coefs).abs().max()
+
+    scores = batch.scores if objective.needs_scores else None
+    offsets = batch.offsets
+    found_sums, found_losses, coef, values = kernels.weigh_pairs(
+        batch.logps,
+        offsets,
+        objective.formula(),
+        first=0,
+        last=7,
+        divisor=3,
+        ref_logps=batch.ref_logps,
+        scores=scores,
+        token_weights=batch.token_weights,
+    )
+    in_pairs = found_sums.view(-1, 2).T[:, counted].double()
+    assert ((in_pairs - sums).abs() <= delta).all()
+    assert ((found_losses.double()[counted] - losses).abs() <= allowed_losses).all()
+    assert (found_losses[~counted] == 0).all()
+    per_row = torch.zeros(2, 7, dtype=torch.float64)
+    per_row[:, counted] = coefs / 3
+    expected = per_row.T.flatten().repeat_interleave(offsets.diff())
+    if weighted:
+        expected = expected * batch.token_weights
+    assert ((coef.double() - expected).abs() <= allowed_coefs / 3 + u * expected.abs()).all()
+
+    of_formula = objective.formula()
+    for metric, value in zip(kernels.METRICS, values, strict=True):
+        if metric not in metrics:
+            absent = {"weights": of_formula.quality is None, "balance": objective.balance is None}
+            assert absent[metric.split("/")[0]], metric
+            continue
+        truth = metrics[metric]
+        assert (value[~counted] == 0).all()
+        amplified = 2 * scale * (plain_metrics[metric].double() - truth).abs()
+        # No metric moves faster with ℓ than the balance, bounded by its clip.
+        moves = delta.max() * max(1.0, objective.reward_scale, of_formula.balance is not None and 4)
+        error = (value.double().sum() / counted.sum() - truth).abs()
+        assert error <= amplified + moves + 4 * u * value.abs().max(), metric
+
+
+@interpreted
+def test_some_of_the_pairs_are_weighed_as_all_of_them(poison):
+    batch = make_pairs(torch.float64, weighted=True)
+    formula = UniDPO(balance=Balance()).formula()
+
+    def found(first, last):
+        a, b = batch.offsets[2 * first], batch.offsets[2 * last]
+        return kernels.weigh_pairs(
+            batch.logps[a:b],
+            batch.offsets,
+            formula,
+            first=first,
+            last=last,
+            ref_logps=batch.ref_logps,
+            scores=batch.scores,
+            token_weights=batch.token_weights[a:b],
+        )
+
+    whole, parts = found(0, 7), [found(0, 3), found(3, 4), found(4, 7), found(7, 7)]
+    for one, several in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(one, torch.cat(several, -1))
+
+
+@interpreted
+@pytest.mark.parametrize("objective", [DPO(beta=1.0), Hinge(), IPO(), UniDPO(), AdaDPO(), ORPO()])
+def test_extreme_pairs(objective):
+    """Saturated margins are finite, NaN stays NaN."""
+    offsets = torch.arange(9)
+    logps = torch.tensor([-1e4, -1.0, -1.0, -1e4, 0.0, -1e-9, math.nan, -1.0]).double()
+    ref_logps, scores = torch.full((2, 4), -1.0), torch.full((2, 4), 4.0)
+    _, losses, coef, _ = kernels.weigh_pairs(
+        logps, offsets, objective.formula(), first=0, last=4, ref_logps=ref_logps, scores=scores
+    )
+    batch = PairBatch(logps, offsets, ref_logps, scores, None)
+    expected, coefs, _ = weigh(objective, batch.pairs(torch.float64)[0], torch.float64)
+    assert losses[:3].isfinite().all()
+    assert losses[3].isnan()
+    eps = torch.finfo(torch.float64).eps
+    truth = coefs.T.flatten()[:6]
+    torch.testing.assert_close(losses[:3], expected[:3], rtol=1e3 * eps, atol=0)
+    # 1 − e^x at −1e-6, the bound of ORPO's log-odds, keeps 10 of 16 digits in any order.
+    torch.testing.assert_close(coef[:6], truth, rtol=1e-9, atol=1e-300)
+
+
 # --- the backend --------------------------------------------------------------------------------
 
 
@@ -439,3 +629,67 @@ def test_nothing_scored(poison):
     assert logps.shape == lse.shape == extra["entropy"].shape == (0,)
     logps, _, _ = kernels.row_statistics(hidden @ weight.T, targets, Epilogue())
     assert logps.shape == (0,)
+
+
+# --- objectives through the backend -------------------------------------------------------------
+
+TINY = Shape("tiny", 3, 7, 8, 37, rows=20)
+
+
+def run(objective, backend, schedule, frozen, **how):
+    batch = make_batch(TINY, torch.float64, "cpu")
+    hidden = batch.hidden.clone().requires_grad_()
+    weight = batch.weight.clone().requires_grad_(not frozen)
+    if backend != "reference":
+        how |= {"schedule": schedule, "logits_budget": TINY.rows * TINY.vocabulary * 8}
+    targets = batch.targets.clone()
+    targets[1] = -100  # the chosen response of pair 1
+    out = preference_loss(
+        hidden, weight, targets, objective, backend=backend, **(batch.options | how)
+    )
+    out.loss.backward(torch.arange(1.0, 4.0, dtype=torch.float64) if out.loss.dim() else None)
+    return out, hidden.grad
+
+
+class Cubic(Objective):
+    def __call__(self, pairs):
+        chosen, rejected = pairs.log_ratios(normalized=True)
+        return (1 - chosen + rejected) ** 3
+
+
+class Doubled(DPO):
+    """A built-in's fields with another loss: it must not inherit the built-in's formula."""
+
+    def __call__(self, pairs):
+        return 2 * super().__call__(pairs)
+
+
+@interpreted
+@pytest.mark.parametrize("schedule", ["pair_groups", "recompute", "frozen_head"])
+@pytest.mark.parametrize("objective", [UniDPO(balance=Balance()), CPO(), Cubic(), Doubled()])
+def test_losses_and_metrics_are_the_references(objective, schedule, poison):
+    frozen = schedule == "frozen_head"
+    truth, of_truth = run(objective, "reference", None, frozen)
+    out, grad = run(objective, "triton", schedule, frozen)
+    torch.testing.assert_close(out.losses, truth.losses)
+    torch.testing.assert_close(grad, of_truth)
+    assert out.metrics.keys() == truth.metrics.keys()
+    for name, value in truth.metrics.items():
+        torch.testing.assert_close(out.metrics[name], value, msg=name)
+
+
+@interpreted
+def test_reduction_none_takes_any_upstream_gradient():
+    truth, of_truth = run(UniDPO(), "reference", None, False, reduction="none")
+    out, grad = run(UniDPO(), "triton", "recompute", False, reduction="none")
+    torch.testing.assert_close(out.loss, truth.loss)
+    torch.testing.assert_close(grad, of_truth)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["hinge", "orpo+balance"])
+def test_objectives_within_the_error_budget(name, poison):
+    found = verify(OBJECTIVES[name], TINY, torch.float64, backend="triton")
+    for schedule, results in found.items():
+        for result in results:
+            assert result.passed, (schedule, result)

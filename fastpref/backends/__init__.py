@@ -1,12 +1,14 @@
 """The one interface between the schedules and whatever computes them.
 
-A backend is a module with the four functions of `Backend`. It knows rows, vocabulary and
-coefficients; it knows nothing of sequences, pairs or objectives. Row `t` has the log-probability
-`ℓ_t` of its target, and every gradient is `Σ_t coef_t ∂ℓ_t` (plus an entropy term on request).
+A backend is a module with the functions of `Backend`. It knows rows, vocabulary and coefficients;
+of pairs it knows what `weigh_pairs` is told, and no loss by its name. Row `t` has the
+log-probability `ℓ_t` of its target, and every gradient is `Σ_t coef_t ∂ℓ_t` (plus an entropy term
+on request).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,7 +84,19 @@ class Grads:
     bias: Tensor | None  # (V,)
 
 
+@dataclass
+class Weighed:
+    """What becomes of the token log-probabilities of some pairs."""
+
+    logps: Tensor  # (2·pairs,) of the responses, pair after pair
+    losses: Tensor  # (pairs,)
+    coef: Tensor  # (n,) ∂(Σ losses / divisor) / ∂ of each token's log-probability
+    metrics: dict[str, Tensor] | None = None  # (pairs,) by name, 0 where a response is empty
+
+
 class Backend(Protocol):
+    """The four functions every backend has, and two that it may leave to torch (None)."""
+
     def forward(
         self,
         hidden: Tensor,  # (M, H)
@@ -128,6 +142,9 @@ class Backend(Protocol):
         wants: tuple[bool, bool, bool],  # hidden, weight, bias
     ) -> Grads:
         """Gradients from logits computed once more; weight and bias in the parameters' dtype."""
+
+    weigh_pairs: Callable[..., Weighed] | None
+    scaled: Callable[[Tensor, Tensor, torch.dtype], Tensor] | None
 
 
 def choose_backend(name: str, device: torch.device) -> Backend:

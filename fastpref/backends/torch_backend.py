@@ -14,6 +14,9 @@ from torch import Tensor
 from fastpref.backends import Grads, Head, RowStats
 from fastpref.backends.products import add_product, as_operand, product_dtype, weight_slices
 
+# Autograd differentiates the objective, torch scales the gradients.
+weigh_pairs = scaled = None
+
 # Elements of a block of logits that elementwise passes work on: 2 MiB of float32 stay in L2.
 _BLOCK_ELEMENTS = 2**19
 

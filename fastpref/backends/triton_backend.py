@@ -12,8 +12,11 @@ import torch
 from fastpref_kernels import Epilogue
 from torch import Tensor
 
-from fastpref.backends import Grads, Head, RowStats
+from fastpref.backends import Grads, Head, RowStats, Weighed
 from fastpref.backends.products import add_product, as_operand, product_dtype, weight_slices
+from fastpref.objectives import PairFormula
+
+scaled = None
 
 
 def forward(
@@ -108,6 +111,23 @@ def recompute_backward(
         if wants[2]:
             grads.bias[first:last] = grad_bias
     return grads
+
+
+def weigh_pairs(
+    logps: Tensor,  # (n,)
+    offsets: Tensor,  # (2B + 1,)
+    formula: PairFormula,
+    **pairs: object,  # first, last, divisor, ref_logps (2, B), scores (2, B), token_weights (n,)
+) -> Weighed:
+    """Losses, coefficients and metrics of pairs in one launch."""
+    sums, losses, coef, values = kernels.weigh_pairs(logps, offsets, formula, **pairs)
+    groups = {"weights": formula.quality is not None, "balance": formula.balance is not None}
+    metrics = {
+        name: value
+        for name, value in zip(kernels.METRICS, values, strict=True)
+        if groups.get(name.split("/")[0], True)
+    }
+    return Weighed(sums, losses, coef, metrics)
 
 
 def _epilogue(head: Head) -> Epilogue:

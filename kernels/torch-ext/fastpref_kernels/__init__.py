@@ -12,13 +12,16 @@ if HAS_TRITON:
     from .cases import CompileCase, compile_cases
     from .configs import Epilogue
     from .forward import projection_statistics
+    from .pairs import METRICS, weigh_pairs
     from .rows import row_gradients_, row_statistics
 
     __all__ += [
+        "METRICS",
         "CompileCase",
         "Epilogue",
         "compile_cases",
         "projection_statistics",
         "row_gradients_",
         "row_statistics",
+        "weigh_pairs",
     ]

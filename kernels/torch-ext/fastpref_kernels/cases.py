@@ -11,6 +11,7 @@ import torch
 
 from .configs import ProjectionConfig, projection_config, rows_config
 from .forward import BAND, MERGE_N, MERGE_T, merge_kernel, projection_kernel
+from .pairs import BLOCK_TOKENS, LINKS, pair_weighting_kernel
 from .rows import STATISTICS, row_gradients_kernel, row_statistics_kernel, statistics_flags
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -54,6 +55,8 @@ def compile_cases(architecture: str) -> list[CompileCase]:
         _row_statistics(rich=True),
         _row_gradients(half, rich=False),
         _row_gradients(half, rich=True),
+        _pairs(rich=False),
+        _pairs(rich=True),
     ]
     if projection_config(architecture, half, rich=False).descriptors:
         # Where rows or weight are not 16-byte aligned.
@@ -126,6 +129,18 @@ def _row_gradients(dtype: torch.dtype, *, rich: bool) -> CompileCase:
     )
 
 
+def _pairs(*, rich: bool) -> CompileCase:
+    names = pair_weighting_kernel.arg_names
+    flags = {name: rich for name in names if name.isupper()}
+    return _case(
+        pair_weighting_kernel,
+        "every ingredient" if rich else "log-sigmoid",
+        _types(pair_weighting_kernel, offsets_ptr="*i64", numbers_ptr="*fp64"),
+        flags | {"LINK": LINKS.index("log_sigmoid"), "BLOCK": BLOCK_TOKENS},
+        num_warps=4,
+    )
+
+
 def _case(
     kernel: Any,
     variant: str,
@@ -149,7 +164,9 @@ def _types(kernel: Any, **special: str) -> dict[str, str]:
     found = {}
     for name in kernel.arg_names:
         found[name] = "*fp32" if name.endswith("_ptr") else "i32"
-    return found | {"targets_ptr": "*i64"} | special
+    if "targets_ptr" in found:
+        found["targets_ptr"] = "*i64"
+    return found | special
 
 
 def _blocks(config: ProjectionConfig) -> dict[str, int]:
