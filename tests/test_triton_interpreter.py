@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 
 import fastpref_kernels as kernels
 from fastpref_kernels import Epilogue
+from fastpref_kernels.pairs import flags_of, numbers_of
 
 from fastpref import (
     CPO,
@@ -535,6 +536,90 @@ def test_extreme_pairs(objective):
     torch.testing.assert_close(losses[:3], expected[:3], rtol=1e3 * eps, atol=0)
     # 1 − e^x at −1e-6, the bound of ORPO's log-odds, keeps 10 of 16 digits in any order.
     torch.testing.assert_close(coef[:6], truth, rtol=1e-9, atol=1e-300)
+
+
+# --- scaling ------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("size", [(0,), (1,), (4095,), (4097,), (70, 61)])
+@pytest.mark.parametrize("upstream", [1.0, -0.375])
+def test_scaling(size, upstream, poison):
+    grad = torch.randn(size)
+    factor = torch.tensor(upstream)
+    for dtype in (torch.float32, torch.float16):
+        given = grad.clone()
+        found = kernels.scaled(given, factor, dtype)
+        assert torch.equal(found, (grad * upstream).to(dtype))
+        assert (found is given) == (dtype == torch.float32)
+
+
+@interpreted
+def test_scaling_by_1_touches_nothing(monkeypatch):
+    from fastpref_kernels import scale
+
+    stored = []
+    monkeypatch.setattr(scale.tl, "store", lambda *args, **kwargs: stored.append(args))
+    grad = torch.randn(5000)
+    kernels.scaled(grad, torch.tensor(1.0), torch.float32)
+    assert not stored
+    kernels.scaled(grad, torch.tensor(2.0), torch.float32)
+    assert stored
+
+
+# --- operators ----------------------------------------------------------------------------------
+
+
+@interpreted
+def test_operators():
+    """Schemas, fake implementations and tracing of all of them."""
+    torch.manual_seed(4)
+    hidden, weight, bias = torch.randn(9, 8), torch.randn(37, 8), torch.randn(37)
+    targets, index = torch.randint(0, 37, (6,)), torch.randperm(9)[:6]
+    products, rows = torch.randn(6, 37), torch.randn(6)
+    head = (bias, 0.7, 4.0, 1.3)
+    formula = UniDPO(balance=Balance()).formula()
+    pairs = [
+        torch.randn(6), torch.tensor([0, 2, 3, 4, 6]), torch.randn(2, 2), torch.randn(2, 2), None,
+        list(numbers_of(formula)), [int(flag) for flag in flags_of(formula).values()], 0, 2, 2,
+    ]  # fmt: skip
+    arguments = {
+        "projection": (hidden, weight, targets, *head, " ".join(STATS), index, torch.float32),
+        "row_statistics": (products, targets, *head, "entropy is_top1"),
+        "row_gradients_": (products, targets, rows, rows, *head, torch.float16, 0, rows, rows),
+        "weigh_pairs": tuple(pairs),
+        "scale_": (products, torch.tensor(2.0)),
+        "scaled": (products, torch.tensor(2.0), torch.bfloat16),
+    }
+    names = [operator._name for operator in kernels.OPERATORS]
+    assert names == list(arguments)
+    for operator, of_operator in zip(kernels.OPERATORS, arguments.values(), strict=True):
+        torch.library.opcheck(operator, of_operator)
+
+
+@interpreted
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("uses", ["linear_logps", "pair_groups", "recompute"])
+def test_compiled_equals_eager(uses, backend):
+    torch.manual_seed(5)
+    hidden, weight = torch.randn(4, 5, 8), torch.randn(31, 8)
+    targets = torch.randint(0, 31, (4, 5))
+    targets[:, :2] = -100
+
+    def function(hidden, weight):
+        if uses == "linear_logps":
+            return 2 * linear_logps(1.5 * hidden, weight, targets, backend=backend).sum()
+        how = {"backend": backend, "schedule": uses}
+        return 2 * preference_loss(1.5 * hidden, weight, targets, SimPO(), **how).loss
+
+    found = []
+    for call in (function, torch.compile(function, backend="aot_eager")):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        value = call(*leaves)
+        value.backward()
+        found.append((value.detach(), *(leaf.grad for leaf in leaves)))
+    for eager, compiled in zip(*found, strict=True):
+        assert torch.equal(eager, compiled)
 
 
 # --- the backend --------------------------------------------------------------------------------

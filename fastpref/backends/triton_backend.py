@@ -16,7 +16,7 @@ from fastpref.backends import Grads, Head, RowStats, Weighed
 from fastpref.backends.products import add_product, as_operand, product_dtype, weight_slices
 from fastpref.objectives import PairFormula
 
-scaled = None
+scaled = kernels.scaled
 
 
 def forward(

@@ -11,17 +11,25 @@ __all__ = ["HAS_TRITON", "unavailable_reason"]
 if HAS_TRITON:
     from .cases import CompileCase, compile_cases
     from .configs import Epilogue
-    from .forward import projection_statistics
-    from .pairs import METRICS, weigh_pairs
-    from .rows import row_gradients_, row_statistics
+    from .ops import (
+        OPERATORS,
+        projection_statistics,
+        row_gradients_,
+        row_statistics,
+        scaled,
+        weigh_pairs,
+    )
+    from .pairs import METRICS
 
     __all__ += [
         "METRICS",
+        "OPERATORS",
         "CompileCase",
         "Epilogue",
         "compile_cases",
         "projection_statistics",
         "row_gradients_",
         "row_statistics",
+        "scaled",
         "weigh_pairs",
     ]

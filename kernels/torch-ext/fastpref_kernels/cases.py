@@ -13,6 +13,7 @@ from .configs import ProjectionConfig, projection_config, rows_config
 from .forward import BAND, MERGE_N, MERGE_T, merge_kernel, projection_kernel
 from .pairs import BLOCK_TOKENS, LINKS, pair_weighting_kernel
 from .rows import STATISTICS, row_gradients_kernel, row_statistics_kernel, statistics_flags
+from .scale import BLOCK_ELEMENTS, scale_kernel
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _HIDDEN_SIZE = 4096
@@ -57,6 +58,8 @@ def compile_cases(architecture: str) -> list[CompileCase]:
         _row_gradients(half, rich=True),
         _pairs(rich=False),
         _pairs(rich=True),
+        _scale(torch.float32),
+        _scale(half),
     ]
     if projection_config(architecture, half, rich=False).descriptors:
         # Where rows or weight are not 16-byte aligned.
@@ -138,6 +141,17 @@ def _pairs(*, rich: bool) -> CompileCase:
         _types(pair_weighting_kernel, offsets_ptr="*i64", numbers_ptr="*fp64"),
         flags | {"LINK": LINKS.index("log_sigmoid"), "BLOCK": BLOCK_TOKENS},
         num_warps=4,
+    )
+
+
+def _scale(dtype: torch.dtype) -> CompileCase:
+    name, in_place = _NAMES[dtype], dtype == torch.float32
+    return _case(
+        scale_kernel,
+        "in place" if in_place else f"to {name}",
+        _types(scale_kernel, out_ptr=f"*{name}", elements="i64"),
+        {"IN_PLACE": in_place, "BLOCK": BLOCK_ELEMENTS},
+        num_warps=8,
     )
 
 

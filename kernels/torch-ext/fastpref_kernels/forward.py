@@ -198,16 +198,12 @@ def projection_statistics(
     weight: Tensor,  # (V, H)
     targets: Tensor,  # (n,) int64
     epilogue: Epilogue,
-    stats: tuple[str, ...] = (),
-    index: Tensor | None = None,  # (n,) rows of hidden; None for all
-    dtype: torch.dtype | None = None,  # operands are rounded to it; None for hidden's
+    stats: list[str],
+    index: Tensor | None,  # (n,) rows of hidden; None for all
+    dtype: torch.dtype,  # operands are rounded to it
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Log-probability and log-sum-exp `(n,)` of each row, nats, and the asked-for statistics.
-
-    fp32, or fp64 for fp64 operands. Holds 16 MiB beside its results, besides conversions.
-    """
-    dtype = dtype or hidden.dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    """Log-probabilities, log-sum-exps and further statistics of all rows, launch by launch."""
+    wide = wide_dtype(dtype)
     rows, (vocabulary, _) = len(targets), weight.shape
     config = projection_config(
         architecture(hidden.device),
@@ -251,6 +247,11 @@ def projection_statistics(
             num_warps=4,
         )
     return logps, lse, as_booleans(extra)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of accumulators and results, for operands of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _left_operand(

@@ -275,23 +275,17 @@ def pair_weighting_kernel(
 
 def weigh_pairs(
     logps: Tensor,  # (n,) tokens of the pairs `first:last`
-    offsets: Tensor,  # (2B + 1,) int64, of all responses: chosen, rejected, chosen, …
-    formula: Formula,
-    *,
+    offsets: Tensor,  # (2B + 1,) of all responses
+    ref_logps: Tensor | None,  # (2, B)
+    scores: Tensor | None,  # (2, B)
+    token_weights: Tensor | None,  # (n,)
+    numbers: list[float],  # of `numbers_of`
+    flags: list[int],  # of `flags_of`
     first: int,
     last: int,
-    divisor: int = 1,
-    ref_logps: Tensor | None = None,  # (2, B): chosen and rejected
-    scores: Tensor | None = None,  # (2, B)
-    token_weights: Tensor | None = None,  # (n,)
+    divisor: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weighs the pairs `first:last` by `formula`.
-
-    Returns:
-        Sums of the responses `(2·pairs,)` in offsets' order, nats; losses `(pairs,)`; coefficients
-        ∂(Σ losses / divisor)/∂logps `(n,)`; and the values `(12, pairs)` of `METRICS`, 0 for pairs
-        of which a response is empty, the rows that the formula has nothing for unwritten.
-    """
+    """Sums `(2·pairs,)`, losses `(pairs,)`, coefficients `(n,)`, metrics `(12, pairs)`."""
     pairs = last - first
     sums, losses = logps.new_empty(2 * pairs), logps.new_empty(pairs)
     coef, metrics = torch.empty_like(logps), logps.new_empty(len(METRICS), pairs)
@@ -302,7 +296,7 @@ def weigh_pairs(
             offsets,
             logps if ref_logps is None else ref_logps.contiguous(),
             logps if scores is None else scores.contiguous(),
-            _numbers(numbers_of(formula), logps.device),
+            _numbers(tuple(numbers), logps.device),
             sums,
             losses,
             coef,
@@ -311,7 +305,7 @@ def weigh_pairs(
             first,
             (len(offsets) - 1) // 2,
             divisor,
-            **flags_of(formula),
+            *flags,
             HAS_REFERENCE=ref_logps is not None,
             HAS_SCORES=scores is not None,
             HAS_WEIGHTS=token_weights is not None,
@@ -346,7 +340,7 @@ def numbers_of(formula: Formula) -> tuple[float, ...]:
 
 
 def flags_of(formula: Formula) -> dict[str, Any]:
-    """The formula's choices: compile-time arguments, one set for each kind of objective."""
+    """The formula's choices in the kernel's order: one set for each kind of objective."""
     balance = formula.balance
     return {
         "LINK": LINKS.index(formula.link),

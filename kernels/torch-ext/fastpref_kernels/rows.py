@@ -6,6 +6,8 @@ place, in the dtype that the next product multiplies. A row belongs to one progr
 along the vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -144,9 +146,9 @@ def row_statistics(
     products: Tensor,  # (n, V) W h; fp32 or fp64
     targets: Tensor,  # (n,) int64
     epilogue: Epilogue,
-    stats: tuple[str, ...] = (),
+    stats: list[str],
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Log-probability and log-sum-exp `(n,)` of each row, nats, and the asked-for statistics."""
+    """Log-probabilities, log-sum-exps and further statistics of all rows in one launch."""
     rows, columns = products.shape
     logps, lse = (products.new_empty(rows) for _ in range(2))
     extra = new_statistics(logps, stats)
@@ -176,16 +178,12 @@ def row_gradients_(
     coef: Tensor,  # (n,)
     epilogue: Epilogue,
     dtype: torch.dtype,
-    first: int = 0,
-    entropy: tuple[Tensor, Tensor] | None = None,  # entropies (n,) and their coefficients (n,)
-) -> Tensor:
-    """Σ over the row of `coef·∂ℓ` with respect to W h + b: `(n, columns)` of `dtype`, in place.
-
-    `products` are columns `first` and on of the vocabulary. The result lies in their memory; where
-    `dtype` is narrower, each row in the front of its old one. Rows of coefficient 0 are not read.
-    """
+    first: int,
+    entropy: tuple[Tensor, Tensor] | None,  # entropies (n,) and their coefficients (n,)
+) -> None:
+    """Puts the gradient of Σ coef·ℓ with respect to W h + b where `narrowed` finds it."""
     rows, columns = products.shape
-    grad = products.view(dtype)[:, :columns]
+    grad = narrowed(products, dtype)
     entropies, entropy_coefs = (lse, coef) if entropy is None else entropy
     if rows and columns:
         config = rows_config()
@@ -209,13 +207,17 @@ def row_gradients_(
             BLOCK_V=config.block_v,
             num_warps=config.num_warps,
         )
-    return grad
+
+
+def narrowed(products: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(n, columns)` of `dtype` in the memory of wider ones: each row in the front of its old."""
+    return products.view(dtype)[:, : products.shape[1]]
 
 
 STATISTICS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
 
-def new_statistics(logps: Tensor, stats: tuple[str, ...]) -> dict[str, Tensor]:
+def new_statistics(logps: Tensor, stats: Sequence[str]) -> dict[str, Tensor]:
     """Uninitialised outputs `(n,)`, one for each name in `stats`."""
     dtypes = {"is_top1": torch.int8}
     return {name: torch.empty_like(logps, dtype=dtypes.get(name, logps.dtype)) for name in stats}
@@ -226,7 +228,7 @@ def statistics_pointers(logps: Tensor, lse: Tensor, extra: dict[str, Tensor]) ->
     return [logps, lse, *(extra.get(name, logps) for name in STATISTICS)]
 
 
-def statistics_flags(stats: tuple[str, ...]) -> dict[str, bool]:
+def statistics_flags(stats: Sequence[str]) -> dict[str, bool]:
     flags = ("HAS_ENTROPY", "HAS_MEAN", "HAS_TOP1", "HAS_LOG_SUM_SQ")
     return {flag: name in stats for flag, name in zip(flags, STATISTICS, strict=True)}
 
