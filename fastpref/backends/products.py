@@ -16,11 +16,15 @@ _VERSION = tuple(int(x) for x in torch.__version__.split(".")[:2])
 _MM_OUT_DTYPE = _VERSION >= (2, 8) and torch.version.hip is None
 
 
+def multiplies_half(device_type: str) -> bool:
+    """Whether a product of half-precision operands can keep its fp32 accumulators."""
+    return device_type == "cuda" and _MM_OUT_DTYPE
+
+
 def product_dtype(head: Head) -> torch.dtype:
-    """Half precision only where a product can keep its fp32 accumulator; else converted."""
-    if head.weight.device.type == "cuda" and _MM_OUT_DTYPE:
-        return head.compute_dtype
-    return head.accumulate_dtype
+    """Half precision only where a product keeps its accumulators; else converted."""
+    half = multiplies_half(head.weight.device.type)
+    return head.compute_dtype if half else head.accumulate_dtype
 
 
 def as_operand(hidden: Tensor, head: Head) -> Tensor:

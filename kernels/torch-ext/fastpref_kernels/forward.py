@@ -106,7 +106,7 @@ def projection_kernel(
         z, _ = head_epilogue(product, bias, INNER, OUTER, HAS_SOFTCAP)
         out = (tile_offset + column_block).to(tl.int64) * rows + row
         if HAS_MEAN:
-            sum_z = tl.sum(tl.where(is_column[None, :], z, 0.0), 1)
+            sum_z = tl.sum(z, 1)  # beyond the vocabulary a logit is still 0 here
             tl.store(partials_ptr + 2 * partial_stride + out, sum_z, is_row)
         local = tl.load(targets_ptr + row, is_row, other=-1) - first  # (n,)
         target_z = tl.sum(tl.where(column[None, :] == local[:, None], z, 0.0), 1)

@@ -68,7 +68,7 @@ def row_statistics_kernel(
         product = tl.load(line_ptr + column[None, :], within, other=0.0)
         z, _ = head_epilogue(product, bias, INNER, OUTER, HAS_SOFTCAP)
         if HAS_MEAN:
-            sum_z += tl.sum(tl.where(is_column[None, :], z, 0.0), 1)
+            sum_z += tl.sum(z, 1)  # beyond the vocabulary a logit is still 0 here
         target_z += tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
         z = tl.where(is_column[None, :], z, float("-inf"))
         if HAS_TOP1:
