@@ -156,12 +156,25 @@ def verify_command(
     objective: Annotated[
         list[str] | None, typer.Option(help="Only these objectives; repeatable.")
     ] = None,
+    compile_: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the Triton kernels for all GPUs instead."),
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="With --compile: write the table there, as JSON.")
+    ] = None,
 ) -> None:
     """Compare every objective and schedule with the float64 reference on this machine.
 
     The table shows the largest error over all shapes as a share of the allowed one, and which
     quantity has it: log-probabilities ℓ, loss L or a gradient. Exit status 1 if any exceeds 1.
+
+    With --compile: registers, shared memory and spills of every Triton kernel on five GPU
+    architectures, none of which need be here. Exit status 1 if any spills or does not fit.
     """
+    if compile_:
+        _report_compilation(output)
+        return
     device = device or default_device()
     names = dtype or ["float64", "float32", "bfloat16", "float16"]
     dtypes = {name: getattr(torch, name, None) for name in names}
@@ -315,6 +328,26 @@ def default_device() -> str:
     """The accelerator's type, or "cpu"."""
     accelerator = torch.accelerator.current_accelerator()
     return accelerator.type if accelerator else "cpu"
+
+
+def _report_compilation(output: Path | None) -> None:
+    import fastpref_kernels
+
+    if not fastpref_kernels.HAS_TRITON:
+        _fail("the package triton is not installed")
+    from fastpref import compile_report
+
+    cases = track(
+        compile_report.compile_all(), "compiling", total=None, console=console, transient=True
+    )
+    found = list(cases)
+    console.print(compile_report.table_of(found))
+    if output is not None:
+        compile_report.write(found, output)
+    faulty = sum(bool(faults) for _, faults in found)
+    console.print(f"{len(found)} kernels compiled, {faulty or 'none'} with a fault")
+    if faulty:
+        raise typer.Exit(1)
 
 
 def _cell(results: list[Result]) -> str:

@@ -16,7 +16,7 @@ from fastpref import reference
 from fastpref.backends import Head, accumulate_dtype, choose_backend
 from fastpref.objectives import Objective, mean_or_zero, pair_metrics
 from fastpref.planner import Plan, Problem, make_plan
-from fastpref.schedules import PairGroups, PairInputs, TokenLogps
+from fastpref.schedules import PairGroups, PairInputs, PairLosses, TokenLogps
 from fastpref.sequences import Rows
 from fastpref.validation import check_head, check_objective, check_sequences
 
@@ -145,19 +145,24 @@ def preference_loss(
     inputs = PairInputs(rows, ref_logps, scores)
     divisor = sequences // 2 if reduction == "mean" else 1
     if plan.schedule == "pair_groups":
-        loss, losses, logps, *extra = PairGroups.apply(
+        loss, losses, logps, per_pair, *extra = PairGroups.apply(
             flat, weight, bias, rows, inputs, objective, divisor, head, plan, chosen_backend, stats
         )
     else:
         per_row, *extra = TokenLogps.apply(
             flat, weight, bias, rows.targets, rows.index, head, plan, chosen_backend, stats
         )
-        logps = rows.in_batch_order(rows.sums(per_row))
-        losses = inputs.losses(objective, logps.view(2, -1))
+        if inputs.fusible(objective, chosen_backend):
+            losses, logps, per_pair = PairLosses.apply(per_row, inputs, objective, chosen_backend)
+        else:
+            logps, per_pair = rows.in_batch_order(rows.sums(per_row)), None
+            losses = inputs.losses(objective, logps.view(2, -1))
         loss = losses if reduction == "none" else losses.sum() / divisor
     logps = logps.detach()
-    pairs, _ = inputs.pairs(logps.view(2, -1))
-    metrics = pair_metrics(objective, pairs)
+    if per_pair is not None:
+        metrics = inputs.mean_metrics(per_pair)
+    else:
+        metrics = pair_metrics(objective, inputs.pairs(logps.view(2, -1))[0])
     metrics |= _token_metrics(rows, dict(zip(stats, extra, strict=True)))
     return PreferenceOutput(loss, losses.detach(), logps, rows.lengths, metrics, plan)
 

@@ -88,6 +88,49 @@ class PairLogps:
         return chosen, self.rejected_logps - self.ref_rejected_logps
 
 
+@dataclass(frozen=True)
+class PairFormula:
+    """How an objective describes itself to a fused kernel, in general ingredients.
+
+        ρ_y = x_y, or log-odds x_y − log(1 − e^x_y);  x_y = ℓ_y − r_y or ℓ_y, over n_y or not
+        m   = scale (a_w ρ_w − a_l ρ_l) + shift + length_weight (n_w − n_l)
+        L   = weight · σ(quality (s_w − s_l)) · (1 − σ(u))^γ · f(m) − c ℓ_w
+        u   = scale (ℓ_w − ℓ_l) − τ
+
+    Args:
+        link: f, one of "log_sigmoid" (−log σ(m), with label noise), "hinge" (max(0, 1 − m)) and
+            "square" (m²).
+        uses_reference: rewards are log-ratios to the reference.
+        normalized: rewards, u and the gate of c are per token.
+        log_odds: of the rewards and of the balance's b.
+        nll_weight: c, a constant; with `nll_least_score` only where ℓ_w < r_w and
+            s_w ≥ nll_least_score.
+        nll_normalized: c multiplies ℓ̄_w.
+        quality: η, None for no such weight.
+        focus: (γ, τ), None for no such weight; `focus_detached` takes it as a constant.
+        balance: a_w and a_l, None for 1 and 1.
+        reward_scale: of the logged rewards.
+    """
+
+    link: str = "log_sigmoid"
+    scale: float = 1.0
+    shift: float = 0.0
+    length_weight: float = 0.0
+    label_smoothing: float = 0.0
+    weight: float = 1.0
+    uses_reference: bool = True
+    normalized: bool = False
+    log_odds: bool = False
+    nll_weight: float = 0.0
+    nll_normalized: bool = True
+    nll_least_score: float | None = None
+    quality: float | None = None
+    focus: tuple[float, float] | None = None
+    focus_detached: bool = False
+    balance: Balance | None = None
+    reward_scale: float = 1.0
+
+
 class Objective:
     """Base class of every objective, and of your own.
 
@@ -125,6 +168,10 @@ class Objective:
     def diagnostics(self, pairs: PairLogps) -> dict[str, Tensor]:
         """More numbers to log, each `(B,)`; called without gradients."""
         return {}
+
+    def formula(self) -> PairFormula | None:
+        """The same loss and diagnostics for a fused kernel; None to differentiate `__call__`."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -211,6 +258,22 @@ class MarginObjective(Objective):
     def balance_log_probs(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         return self.balance.log_probs(pairs)
 
+    def formula(self) -> PairFormula | None:
+        """Built-in objectives have one; a subclass may compute something else, and has none."""
+        if type(self) not in _BUILT_IN.values():
+            return None
+        common = {
+            "uses_reference": self.uses_reference,
+            "normalized": getattr(self, "length_normalized", False),
+            "balance": self.balance,
+            "reward_scale": self.reward_scale,
+        }
+        return PairFormula(**(common | self._ingredients()))
+
+    def _ingredients(self) -> dict[str, Any]:
+        """What the formula has besides the fields that all objectives share."""
+        raise NotImplementedError
+
     def reward_margin(self, pairs: PairLogps) -> Tensor:
         chosen, rejected = self.rewards(pairs)
         if self.balance is None:
@@ -255,6 +318,9 @@ class DPO(MarginObjective):
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         return pairs.log_ratios(self.length_normalized)
 
+    def _ingredients(self) -> dict[str, Any]:
+        return {"scale": self.beta, "label_smoothing": self.label_smoothing}
+
     def __call__(self, pairs: PairLogps) -> Tensor:
         margin = self.beta * self.reward_margin(pairs)
         if self.label_smoothing == 0:
@@ -283,6 +349,9 @@ class Hinge(MarginObjective):
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         return pairs.log_ratios(self.length_normalized)
 
+    def _ingredients(self) -> dict[str, Any]:
+        return {"link": "hinge", "scale": self.beta}
+
     def __call__(self, pairs: PairLogps) -> Tensor:
         return torch.relu(1 - self.beta * self.reward_margin(pairs))
 
@@ -300,6 +369,9 @@ class IPO(MarginObjective):
 
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         return pairs.log_ratios(normalized=True)
+
+    def _ingredients(self) -> dict[str, Any]:
+        return {"link": "square", "shift": -1 / (2 * self.beta), "normalized": True}
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         return (self.reward_margin(pairs) - 1 / (2 * self.beta)) ** 2
@@ -325,6 +397,9 @@ class SimPO(MarginObjective):
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         return pairs.logps(normalized=True)
 
+    def _ingredients(self) -> dict[str, Any]:
+        return {"scale": self.beta, "shift": -self.gamma, "normalized": True}
+
     def __call__(self, pairs: PairLogps) -> Tensor:
         return -logsigmoid(self.beta * self.reward_margin(pairs) - self.gamma)
 
@@ -346,6 +421,9 @@ class RDPO(MarginObjective):
 
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         return pairs.log_ratios(self.length_normalized)
+
+    def _ingredients(self) -> dict[str, Any]:
+        return {"scale": self.beta, "length_weight": self.alpha}
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         lengths = self.alpha * (pairs.chosen_lengths - pairs.rejected_lengths)
@@ -373,6 +451,9 @@ class CPO(MarginObjective):
 
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         return pairs.logps(self.length_normalized)
+
+    def _ingredients(self) -> dict[str, Any]:
+        return {"scale": self.beta, "nll_weight": self.nll_weight}
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         preference = -logsigmoid(self.beta * self.reward_margin(pairs))
@@ -418,6 +499,14 @@ class ORPO(MarginObjective):
     def balance_log_probs(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         chosen, rejected = super().balance_log_probs(pairs)
         return chosen + log1m_exp(chosen), rejected + log1m_exp(rejected)
+
+    def _ingredients(self) -> dict[str, Any]:
+        return {
+            "normalized": True,
+            "log_odds": True,
+            "weight": self.odds_weight,
+            "nll_weight": 1.0,
+        }
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         odds = logsigmoid(self.reward_margin(pairs))
@@ -491,6 +580,17 @@ class UniDPO(MarginObjective):
         log_ratio, _ = pairs.log_ratios(self.length_normalized)
         applies = (log_ratio < 0) & (pairs.chosen_scores >= self.tau_good)
         return self.nll_weight * applies.to(pairs.chosen_logps.dtype)
+
+    def _ingredients(self) -> dict[str, Any]:
+        return {
+            "scale": self.beta,
+            "quality": self.eta,
+            "focus": (self.gamma, self.tau_ref),
+            "focus_detached": self.detach_performance_weight,
+            "nll_weight": self.nll_weight,
+            "nll_normalized": self.length_normalized,
+            "nll_least_score": self.tau_good,
+        }
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         performance = self.performance_weight(pairs)

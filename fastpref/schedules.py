@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastpref.backends import Backend, Grads, Head, RowStats
+from fastpref.backends import Backend, Grads, Head, RowStats, Weighed
 from fastpref.objectives import Objective, PairLogps
 from fastpref.planner import Plan, even_ranges
 from fastpref.sequences import Rows
@@ -42,11 +42,12 @@ class TokenLogps(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         with _no_autocast(hidden):
-            rows = hidden if index is None else hidden.index_select(0, index)
             if plan.schedule == "frozen_head":
+                rows = hidden if index is None else hidden.index_select(0, index)
                 found, kept = _forward_with_row_gradients(rows, targets, head, plan, backend, stats)
             else:
-                found, kept = backend.forward(rows, targets, head, plan.tile, stats), None
+                found = backend.forward(hidden, index, targets, head, plan.tile, stats)
+                kept = None
         entropy = found.extra.get("entropy")
         ctx.save_for_backward(hidden, weight, bias, targets, index, found.lse, entropy, kept)
         ctx.settings = (head.logit_scale, head.softcap, head.temperature, head.compute_dtype)
@@ -100,13 +101,14 @@ def _forward_with_row_gradients(
     for a, b in plan.groups:
         part = backend.group_forward(rows[a:b], targets[a:b], head, buffer[: b - a], stats)
         grads = Grads(kept[a:b], None, None)
-        backend.group_backward(rows[a:b], head, buffer[: b - a], part.factor, grads)
+        ones = torch.ones_like(part.lse)
+        backend.group_backward(rows[a:b], targets[a:b], head, buffer[: b - a], part, ones, grads)
         parts.append(part)
     return RowStats.concatenate(parts), kept
 
 
 class PairGroups(torch.autograd.Function):
-    """`(loss, losses (B,), logps (2B,), *stats (N,))`; only the loss is differentiable.
+    """`(loss, losses (B,), logps (2B,), metrics, *stats (N,))`; only the loss is differentiable.
 
     Gradients leave the forward for an upstream gradient of 1 and are scaled in the backward, in
     place and without a device synchronisation, then handed over: a second backward is an error.
@@ -140,14 +142,15 @@ class PairGroups(torch.autograd.Function):
             group = _PairGroup(hidden, rows, head, plan, backend, stats, grads)
             for first, last in plan.groups:
                 group.run(first, last, pair_inputs, objective, divisor)
-        losses = torch.cat(group.losses)
-        logps = rows.in_batch_order(torch.cat(group.logps))
+        losses = torch.cat([part.losses for part in group.weighed])
+        logps = rows.in_batch_order(torch.cat([part.logps for part in group.weighed]))
+        metrics = _joined([part.metrics for part in group.weighed])
         found = RowStats.concatenate(group.parts)
         extra = [found.extra[name] for name in stats]
-        ctx.grads = grads
+        ctx.grads, ctx.backend = grads, backend
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(losses, logps, *extra)
-        return losses.sum() / divisor, losses, logps, *extra
+        return losses.sum() / divisor, losses, logps, metrics, *extra
 
     @staticmethod
     @once_differentiable
@@ -159,8 +162,9 @@ class PairGroups(torch.autograd.Function):
             )
         grads, ctx.grads = ctx.grads, None
         # Rounded once, after scaling: fp16 gradients of an unscaled loss would underflow.
+        scale = ctx.backend.scaled or _scaled
         scaled = [
-            None if grad is None else _scale_(grad, upstream).to(dtype)
+            None if grad is None else scale(grad, upstream, dtype)
             for grad, dtype in zip(
                 (grads.hidden, grads.weight, grads.bias), ctx.dtypes, strict=True
             )
@@ -186,8 +190,7 @@ class _PairGroup:
         shape = (plan.group_rows, len(head.weight))
         self.buffer = hidden.new_empty(shape, dtype=head.accumulate_dtype)
         self.parts: list[RowStats] = []
-        self.losses: list[Tensor] = []
-        self.logps: list[Tensor] = []
+        self.weighed: list[Weighed] = []
 
     def run(
         self,
@@ -204,31 +207,31 @@ class _PairGroup:
         parts = [self._project(a, b) for a, b in pieces]
         self.parts += parts
         group = RowStats.concatenate(parts)
-        logps = rows.sums(group.logps, 2 * first, 2 * last)
-        losses, coefs = pair_inputs.weigh(objective, logps, first, last)
-        self.logps.append(logps)
-        self.losses.append(losses)
-        coef = rows.spread(coefs / divisor, 2 * first)
+        weighed = pair_inputs.weigh(objective, self.backend, group.logps, first, last, divisor)
+        self.weighed.append(weighed)
         for (a, b), part in zip(pieces, parts, strict=True):
             if len(pieces) > 1:  # a pair beyond the budget: its buffer has been overwritten
                 part = self._project(a, b)
-            of_piece = coef[a - start : b - start]
+            of_piece = weighed.coef[a - start : b - start]
             for i, j in _live_ranges(of_piece):
-                self._backward(a, i, j, part.factor * of_piece)
+                self._backward(a, i, j, part, of_piece)
 
     def _project(self, a: int, b: int) -> RowStats:
         operand = self.hidden.index_select(0, self.rows.index[a:b])
         targets, buffer = self.rows.targets[a:b], self.buffer[: b - a]
         return self.backend.group_forward(operand, targets, self.head, buffer, self.stats)
 
-    def _backward(self, start: int, i: int, j: int, factor: Tensor) -> None:
+    def _backward(self, start: int, i: int, j: int, part: RowStats, coef: Tensor) -> None:
         index = self.rows.index[start + i : start + j]
+        targets = self.rows.targets[start + i : start + j]
         operand = self.hidden.index_select(0, index)
         of_rows = None
         if self.grads.hidden is not None:
             of_rows = operand.new_empty(operand.shape, dtype=self.head.accumulate_dtype)
         grads = Grads(of_rows, self.grads.weight, self.grads.bias)
-        self.backend.group_backward(operand, self.head, self.buffer[i:j], factor[i:j], grads)
+        self.backend.group_backward(
+            operand, targets, self.head, self.buffer[i:j], part[i:j], coef[i:j], grads
+        )
         if of_rows is not None:
             self.grads.hidden.index_copy_(0, index, of_rows)
 
@@ -245,6 +248,7 @@ class PairInputs:
         self.counted = [chosen > 0 and rejected > 0 for chosen, rejected in pairs]
         # (2, B): chosen and rejected
         self.lengths = rows.lengths.view(2, -1)
+        self.rows = rows
         self.ref_logps = None if ref_logps is None else ref_logps.detach().view(2, -1)
         self.scores = None if scores is None else scores.detach().view(2, -1)
 
@@ -288,17 +292,75 @@ class PairInputs:
             return losses
         return logps.new_zeros(logps.shape[1]).index_copy(0, which, losses.to(logps.dtype))
 
+    def fusible(self, objective: Objective, backend: Backend) -> bool:
+        """Whether the backend can do in one launch what autograd does otherwise."""
+        return backend.weigh_pairs is not None and objective.formula() is not None
+
     def weigh(
-        self, objective: Objective, logps: Tensor, first: int, last: int
-    ) -> tuple[Tensor, Tensor]:
-        """Losses and coefficients ∂ΣL/∂ℓ, in pair order, from `logps (2·pairs,)` in pair order."""
+        self,
+        objective: Objective,
+        backend: Backend,
+        logps: Tensor,  # (n,) rows of the pairs first:last
+        first: int,
+        last: int,
+        divisor: int,
+    ) -> Weighed:
+        """Losses of the pairs `first:last`, and the coefficients of their rows."""
+        rows = self.rows
+        if self.fusible(objective, backend):
+            return backend.weigh_pairs(
+                logps,
+                rows.offsets,
+                objective.formula(),
+                first=first,
+                last=last,
+                divisor=divisor,
+                ref_logps=self.ref_logps,
+                scores=self.scores,
+                token_weights=rows.weights_of(2 * first, 2 * last),
+            )
+        sums = rows.sums(logps, 2 * first, 2 * last)
         with torch.enable_grad():
-            leaf = logps.view(-1, 2).T.detach().requires_grad_()
+            leaf = sums.view(-1, 2).T.detach().requires_grad_()
             losses = self.losses(objective, leaf, first, last)
             coefs = torch.zeros_like(leaf)
             if losses.requires_grad:
                 (coefs,) = torch.autograd.grad(losses.sum(), leaf, materialize_grads=True)
-        return losses.detach(), coefs.T.flatten()
+        coef = rows.spread(coefs.T.flatten() / divisor, 2 * first)
+        return Weighed(sums, losses.detach(), coef)
+
+    def mean_metrics(self, per_pair: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Means over the counted pairs, 0 of none, from values that are 0 for the others."""
+        counted = max(1, sum(self.counted))
+        return {name: values.sum() / counted for name, values in per_pair.items()}
+
+
+class PairLosses(torch.autograd.Function):
+    """`(losses (B,), logps (2B,), metrics)` from token log-probabilities, by the fused kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logps: Tensor, inputs: PairInputs, objective: Objective, backend: Backend
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        weighed = inputs.weigh(objective, backend, logps, 0, len(inputs.counted), 1)
+        ctx.save_for_backward(weighed.coef)
+        ctx.rows = inputs.rows
+        summed = inputs.rows.in_batch_order(weighed.logps)
+        ctx.mark_non_differentiable(summed)
+        return weighed.losses, summed, weighed.metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_losses: Tensor, *_: Tensor) -> tuple:
+        (coef,) = ctx.saved_tensors
+        return coef * ctx.rows.repeat(of_losses.repeat_interleave(2)), None, None, None
+
+
+def _joined(parts: list[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
+    """Metrics of consecutive pairs as one."""
+    if parts[0] is None:
+        return None
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _live_rows(coef: Tensor, of_entropy: Tensor | None) -> Tensor | None:
@@ -326,10 +388,11 @@ def _at_rows(grad_rows: Tensor, index: Tensor | None, hidden: Tensor) -> Tensor:
     return torch.zeros_like(hidden).index_copy_(0, index, grad_rows)
 
 
-def _scale_(grad: Tensor, upstream: Tensor) -> Tensor:
-    if upstream.device.type == "cpu" and upstream.item() == 1:
-        return grad
-    return grad.mul_(upstream)
+def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """`grad · upstream` in `dtype`; grad is consumed."""
+    if upstream.device.type != "cpu" or upstream.item() != 1:
+        grad.mul_(upstream)
+    return grad.to(dtype)
 
 
 def _no_autocast(hidden: Tensor) -> AbstractContextManager:

@@ -86,15 +86,24 @@ class Rows:
         sums = torch.segment_reduce(wide, "sum", offsets=offsets - offsets[0], initial=0)
         return sums.to(logps.dtype)
 
+    def repeat(self, per_sequence: Tensor, first: int = 0) -> Tensor:
+        """Values of the sequences `first` and on to each of their rows."""
+        last = first + len(per_sequence)
+        counts = self.offsets[first : last + 1].diff()
+        return per_sequence.repeat_interleave(counts, output_size=sum(self.counts[first:last]))
+
     def spread(self, per_sequence: Tensor, first: int = 0) -> Tensor:
         """Per-sequence coefficients to their rows, times the token weights."""
-        counts = self.counts[first : first + len(per_sequence)]
-        repeats = torch.tensor(counts, device=per_sequence.device)
-        rows = per_sequence.repeat_interleave(repeats, output_size=sum(counts))
+        rows = self.repeat(per_sequence, first)
+        weights = self.weights_of(first, first + len(per_sequence))
+        return rows if weights is None else rows * weights.to(rows.dtype)
+
+    def weights_of(self, first: int, last: int) -> Tensor | None:
+        """Token weights of the rows of sequences `first:last`."""
         if self.weights is None:
-            return rows
+            return None
         start = sum(self.counts[:first])
-        return rows * self.weights[start : start + len(rows)].to(rows.dtype)
+        return self.weights[start : start + sum(self.counts[first:last])]
 
 
 def shift_targets(input_ids: Tensor, mask: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ proportion to u: it measures how the problem amplifies rounding, for whatever co
     gradients           2 E + (u (1 + z) + ρ + u_out) max|x|    what δ does to its coefficients: ρ,
                                                                 and the final rounding
 
+Where products multiply half-precision operands, the gradient G of the logits is one of them: its
+rounding adds max u_out |G|ᵀ|h| to what ∂W may be off, and max u_out |G||W| to ∂h.
+
 Twice what plain summation loses, because another order of summation is another draw. The truth's
 own error is the same with the u of float64, and is allowed on top.
 """
@@ -25,6 +28,7 @@ from torch import Tensor
 
 from fastpref import reference
 from fastpref.backends import accumulate_dtype
+from fastpref.backends.products import multiplies_half
 from fastpref.loss import PreferenceOutput, preference_loss
 from fastpref.objectives import (
     Balance,
@@ -214,7 +218,48 @@ def _allowed(
         largest = truth.values[name].abs().max().item()
         rounding = max(_unit(dtype) * largest, smallest / 2)
         allowed[name] = amplified[name] + (of_logit + of_coefs) * largest + rounding
+    if dtype.itemsize == 2 and multiplies_half(batch.hidden.device.type):
+        for name, error in rounded_operand_errors(wide, coefs, shape.scalars, dtype).items():
+            if name in allowed:
+                allowed[name] += error
     return allowed
+
+
+def rounded_operand_errors(
+    batch: Batch,  # in float64
+    coefs: Tensor,  # (2, B) ∂ΣL/∂ℓ
+    scalars: dict[str, float],
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """The most that rounding the logits' gradient to `dtype` can do to what it is multiplied to."""
+    grad_logits, hidden = (x.abs() for x in logits_gradient(batch, coefs, scalars))
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    rounding = _unit(dtype) * grad_logits + smallest / 2 * (grad_logits > 0)  # (N, V)
+    return {
+        "∂h": (rounding @ batch.weight.abs()).max().item(),
+        "∂W": (rounding.T @ hidden).max().item(),
+        "∂b": rounding.sum(0).max().item(),
+    }
+
+
+def logits_gradient(
+    batch: Batch, coefs: Tensor, scalars: dict[str, float]
+) -> tuple[Tensor, Tensor]:
+    """∂(mean loss)/∂(W h + b) `(n, V)` of the scored rows, and their hidden states `(n, H)`."""
+    targets = batch.targets.flatten()
+    scored = targets != -100
+    hidden = batch.hidden.flatten(0, -2)[scored]
+    leaf = hidden.new_zeros(len(hidden), len(batch.weight))
+    if batch.bias is not None:
+        leaf += batch.bias
+    leaf.requires_grad_()
+    logps = reference.linear_logps(hidden, batch.weight, targets[scored], bias=leaf, **scalars)
+    per_sequence = coefs.flatten() / coefs.shape[1]
+    of_rows = per_sequence.repeat_interleave(len(targets) // len(per_sequence))
+    if "token_weights" in batch.options:
+        of_rows = of_rows * batch.options["token_weights"].flatten()
+    (grad,) = torch.autograd.grad(logps, leaf, of_rows[scored])
+    return grad, hidden
 
 
 def _weigh(objective: Objective, batch: Batch, truth: _Run, logps: Tensor) -> tuple[Tensor, Tensor]:

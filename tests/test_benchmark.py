@@ -119,7 +119,7 @@ def test_predicted_memory_is_what_is_measured(workload, name):
 
 @pytest.fixture
 def results(tiny):
-    suite = report.Suite((tiny,), 2, 1, (), False, ("bfloat16",), 1, 0)
+    suite = report.Suite((tiny,), 2, 1, (), False, (tiny,), 1, 0)
     names = ["naive", "TRL 1.16 chunked", "CCE", *OURS]
 
     class Silent:

@@ -1,12 +1,18 @@
 """`kernels/` is a Hub kernel project and shadows nobody from the repository root."""
 
+import ast
+import json
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import fastpref_kernels
+import pytest
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "kernels" / "torch-ext" / "fastpref_kernels"
 
 
 def run_at_root(code):
@@ -38,7 +44,57 @@ def test_transformers_use_of_it_is_not_shadowed():
 
 
 def test_its_import_name_needs_no_path():
-    package = ROOT / "kernels" / "torch-ext" / "fastpref_kernels"
-    assert Path(fastpref_kernels.__file__).parent == package
+    assert Path(fastpref_kernels.__file__).parent == PACKAGE
     for name in fastpref_kernels.__all__:
         assert hasattr(fastpref_kernels, name)
+
+
+def test_only_relative_imports_torch_triton_and_the_standard_library():
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module]
+            else:
+                continue
+            for module in modules:
+                root = module.split(".")[0]
+                assert root in {"torch", "triton"} | sys.stdlib_module_names, (path.name, module)
+
+
+def test_nothing_is_compiled_into_the_build():
+    from kernels._rust import Build
+
+    assert Build.open(ROOT / "kernels").general is not None  # valid to Hugging Face's builder
+    build = tomllib.loads((ROOT / "kernels" / "build.toml").read_text())
+    assert "torch-noarch" in build
+    assert not any("kernel" in key for key in build)
+    assert (ROOT / "kernels" / "CARD.md").exists()
+
+
+def test_hugging_faces_kernels_loads_it(tmp_path):
+    """As the Hub's builder would lay it out: one variant without an architecture."""
+    pytest.importorskip("triton")
+    from kernels import get_local_kernel
+
+    general = tomllib.loads((ROOT / "kernels" / "build.toml").read_text())["general"]
+    variant = tmp_path / "build" / "torch-cpu"
+    shutil.copytree(PACKAGE, variant, ignore=shutil.ignore_patterns("__pycache__"))
+    metadata = {
+        "id": "_fastpref_kernels_under_test",
+        "name": general["name"],
+        "version": general["version"],
+        "license": general["license"],
+        "python-depends": [],
+        "backend": {"type": "cpu"},
+    }
+    (variant / "metadata.json").write_text(json.dumps(metadata))
+    loaded = get_local_kernel(tmp_path, backend="cpu")
+    assert Path(loaded.__file__).parent == variant
+    assert loaded.__all__ == fastpref_kernels.__all__
+    for name in loaded.__all__:
+        assert getattr(loaded, name) is not None
+    # A second copy in one process keeps its operators to itself.
+    for ours, theirs in zip(fastpref_kernels.OPERATORS, loaded.OPERATORS, strict=True):
+        assert ours._qualname != theirs._qualname

@@ -1,12 +1,14 @@
 """The one interface between the schedules and whatever computes them.
 
-A backend is a module with the four functions of `Backend`. It knows rows, vocabulary and
-coefficients; it knows nothing of sequences, pairs or objectives. Row `t` has the log-probability
-`ℓ_t` of its target, and every gradient is `Σ_t coef_t ∂ℓ_t` (plus an entropy term on request).
+A backend is a module with the functions of `Backend`. It knows rows, vocabulary and coefficients;
+of pairs it knows what `weigh_pairs` is told, and no loss by its name. Row `t` has the
+log-probability `ℓ_t` of its target, and every gradient is `Σ_t coef_t ∂ℓ_t` (plus an entropy term
+on request).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,14 +48,19 @@ def accumulate_dtype(compute_dtype: torch.dtype) -> torch.dtype:
 class RowStats:
     """What is known of n rows once their logits have been seen, each `(n,)`.
 
-    `factor` turns what `group_forward` left in its buffer into the gradient of ℓ_t with respect to
-    `W h_t + b`; only that backend's `group_backward` reads it.
+    `factor` is what else a backend's `group_backward` needs of its `group_forward`, if anything.
     """
 
     logps: Tensor
     lse: Tensor
     extra: dict[str, Tensor]  # the requested ones of TOKEN_STATS
     factor: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> RowStats:
+        """Of some of the rows."""
+        extra = {name: value[rows] for name, value in self.extra.items()}
+        factor = None if self.factor is None else self.factor[rows]
+        return RowStats(self.logps[rows], self.lse[rows], extra, factor)
 
     @classmethod
     def concatenate(cls, parts: list[RowStats]) -> RowStats:
@@ -77,10 +84,23 @@ class Grads:
     bias: Tensor | None  # (V,)
 
 
+@dataclass
+class Weighed:
+    """What becomes of the token log-probabilities of some pairs."""
+
+    logps: Tensor  # (2·pairs,) of the responses, pair after pair
+    losses: Tensor  # (pairs,)
+    coef: Tensor  # (n,) ∂(Σ losses / divisor) / ∂ of each token's log-probability
+    metrics: dict[str, Tensor] | None = None  # (pairs,) by name, 0 where a response is empty
+
+
 class Backend(Protocol):
+    """The four functions every backend has, and two that it may leave to torch (None)."""
+
     def forward(
         self,
-        hidden: Tensor,  # (n, H)
+        hidden: Tensor,  # (M, H)
+        index: Tensor | None,  # (n,) rows of hidden, None for all
         targets: Tensor,  # (n,)
         head: Head,
         tile: tuple[int, int],  # rows × vocabulary columns held at once
@@ -101,9 +121,11 @@ class Backend(Protocol):
     def group_backward(
         self,
         hidden: Tensor,  # (n, H)
+        targets: Tensor,  # (n,)
         head: Head,
         buffer: Tensor,  # (n, V), consumed
-        factor: Tensor,  # (n,), RowStats.factor times the rows' coefficients
+        rows: RowStats,
+        coef: Tensor,  # (n,)
         grads: Grads,
     ) -> None:
         """Writes `grads.hidden`, adds to `grads.weight` and `grads.bias`."""
@@ -121,6 +143,9 @@ class Backend(Protocol):
     ) -> Grads:
         """Gradients from logits computed once more; weight and bias in the parameters' dtype."""
 
+    weigh_pairs: Callable[..., Weighed] | None
+    scaled: Callable[[Tensor, Tensor, torch.dtype], Tensor] | None
+
 
 def choose_backend(name: str, device: torch.device) -> Backend:
     """The module behind a backend's name.
@@ -133,8 +158,14 @@ def choose_backend(name: str, device: torch.device) -> Backend:
 
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; expected one of {list(BACKENDS)}")
-    if name == "triton":
+    if name == "triton" or (name == "auto" and device.type in ("cuda", "xpu")):
         import fastpref_kernels
 
-        raise RuntimeError(f"backend='triton': {fastpref_kernels.unavailable_reason(device.type)}")
+        reason = fastpref_kernels.unavailable_reason(device.type)
+        if reason is None:
+            from fastpref.backends import triton_backend
+
+            return triton_backend
+        if name == "triton":
+            raise RuntimeError(f"backend='triton': {reason}")
     return torch_backend

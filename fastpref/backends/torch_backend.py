@@ -8,23 +8,22 @@ are one factor a row, applied to the small operands of the products instead of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from fastpref.backends import Grads, Head, RowStats
+from fastpref.backends.products import add_product, as_operand, product_dtype, weight_slices
+
+# Autograd differentiates the objective, torch scales the gradients.
+weigh_pairs = scaled = None
 
 # Elements of a block of logits that elementwise passes work on: 2 MiB of float32 stay in L2.
 _BLOCK_ELEMENTS = 2**19
-# Rows of the weight converted at a time where the products do not take its dtype.
-_CONVERTED_ROWS = 4096
-# `mm(..., out_dtype=float32)` keeps the fp32 accumulator of bf16 products; CUDA, torch ≥ 2.8.
-_MM_OUT_DTYPE = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
 def forward(
-    hidden: Tensor,  # (n, H)
+    hidden: Tensor,  # (M, H)
+    index: Tensor | None,  # (n,)
     targets: Tensor,  # (n,)
     head: Head,
     tile: tuple[int, int],
@@ -32,12 +31,15 @@ def forward(
 ) -> RowStats:
     rows, columns = tile
     vocabulary = head.weight.shape[0]
-    buffer = hidden.new_empty(min(rows, len(hidden)), columns, dtype=head.accumulate_dtype)
+    buffer = hidden.new_empty(min(rows, len(targets)), columns, dtype=head.accumulate_dtype)
     parts = []
-    for start in range(0, max(1, len(hidden)), rows):
-        operand = _operand(hidden[start : start + rows], head)
-        fold = _Fold(targets[start : start + rows], head.accumulate_dtype, stats)
-        for first, last, weight in _weight_slices(head, columns):
+    for start in range(0, max(1, len(targets)), rows):
+        part = slice(start, start + rows)
+        operand = as_operand(
+            hidden[part] if index is None else hidden.index_select(0, index[part]), head
+        )
+        fold = _Fold(targets[part], head.accumulate_dtype, stats)
+        for first, last, weight in weight_slices(head, columns):
             z = buffer[: len(operand), : last - first]
             _project(operand, weight, head, first, last, out=z)
             if head.softcap is not None:
@@ -54,8 +56,8 @@ def group_forward(
     buffer: Tensor,  # (n, V)
     stats: tuple[str, ...],
 ) -> RowStats:
-    operand = _operand(hidden, head)
-    for first, last, weight in _weight_slices(head):
+    operand = as_operand(hidden, head)
+    for first, last, weight in weight_slices(head):
         _project(operand, weight, head, first, last, out=buffer[:, first:last])
     rows = max(1, _BLOCK_ELEMENTS // buffer.shape[1])
     parts = [
@@ -97,27 +99,30 @@ def _block_forward(z: Tensor, targets: Tensor, head: Head, stats: tuple[str, ...
 
 def group_backward(
     hidden: Tensor,  # (n, H)
+    targets: Tensor,  # (n,)
     head: Head,
     buffer: Tensor,  # (n, V)
-    factor: Tensor,  # (n,)
+    rows: RowStats,
+    coef: Tensor,  # (n,)
     grads: Grads,
 ) -> None:
-    dtype = _product_dtype(head)
+    factor = rows.factor * coef
+    dtype = product_dtype(head)
     if dtype != buffer.dtype:  # the one rounding of half-precision operands is of the product
         buffer = buffer.mul_(factor[:, None]).to(dtype)
         if grads.bias is not None:
             grads.bias += buffer.sum(0, dtype=grads.bias.dtype)
-        scaled, after = _operand(hidden, head), None
+        scaled, after = as_operand(hidden, head), None
     else:
         if grads.bias is not None:
             grads.bias.addmv_(buffer.T, factor)
-        scaled, after = _operand(hidden, head) * factor[:, None], factor[:, None]
+        scaled, after = as_operand(hidden, head) * factor[:, None], factor[:, None]
     if grads.weight is not None:
-        _add_product(grads.weight, buffer.T, scaled)
+        add_product(grads.weight, buffer.T, scaled)
     if grads.hidden is not None:
         grads.hidden.zero_()
-        for first, last, weight in _weight_slices(head):
-            _add_product(grads.hidden, buffer[:, first:last], weight)
+        for first, last, weight in weight_slices(head):
+            add_product(grads.hidden, buffer[:, first:last], weight)
         if after is not None:
             grads.hidden.mul_(after)
 
@@ -133,8 +138,8 @@ def recompute_backward(
     wants: tuple[bool, bool, bool],
 ) -> Grads:
     rows, columns = tile
-    accumulate, dtype = head.accumulate_dtype, _product_dtype(head)
-    operand = _operand(hidden, head)
+    accumulate, dtype = head.accumulate_dtype, product_dtype(head)
+    operand = as_operand(hidden, head)
     factor = (_slope(head) * coef)[:, None]
     grads = Grads(
         operand.new_zeros(operand.shape, dtype=accumulate) if wants[0] else None,
@@ -142,7 +147,7 @@ def recompute_backward(
         torch.empty_like(head.bias) if wants[2] else None,
     )
     buffer = hidden.new_empty(min(rows, len(hidden)), columns, dtype=accumulate)
-    for first, last, weight in _weight_slices(head, columns):
+    for first, last, weight in weight_slices(head, columns):
         if wants[1]:  # a slice of the gradient itself where it needs no conversion
             grad_weight = grads.weight[first:last].to(accumulate).zero_()
         grad_bias = buffer.new_zeros(last - first)
@@ -169,9 +174,9 @@ def recompute_backward(
                 grad_bias += z.sum(0)
             z = z.to(dtype)
             if wants[1]:
-                _add_product(grad_weight, z.T, operand[block])
+                add_product(grad_weight, z.T, operand[block])
             if wants[0]:
-                _add_product(grads.hidden[block], z, weight)
+                add_product(grads.hidden[block], z, weight)
         if wants[1]:
             grads.weight[first:last] = grad_weight
         if wants[2]:
@@ -272,14 +277,6 @@ def _add_at_targets(z: Tensor, targets: Tensor, first: int, value: Tensor) -> No
     z.scatter_add_(-1, local.clamp(0, z.shape[1] - 1), torch.where(here, value, 0))
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right`, accumulated in total's dtype."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-
-
 def _finite(z: Tensor) -> Tensor:
     """A copy without −inf, so that its product with a probability of 0 is 0."""
     return z.clamp(min=torch.finfo(z.dtype).min)
@@ -291,28 +288,3 @@ def _amax(z: Tensor) -> Tensor:
 
 def _weighted_sum(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a, b)[:, None]
-
-
-def _product_dtype(head: Head) -> torch.dtype:
-    """Half precision only where a product can keep its fp32 accumulator; else converted."""
-    if head.weight.device.type == "cuda" and _MM_OUT_DTYPE:
-        return head.compute_dtype
-    return head.accumulate_dtype
-
-
-def _operand(hidden: Tensor, head: Head) -> Tensor:
-    return hidden.to(head.compute_dtype).to(_product_dtype(head))
-
-
-def _weight_slices(head: Head, columns: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
-    """`(first, last, weight[first:last])` over the vocabulary, in the products' dtype.
-
-    Without `columns` the slices are as large as they can be: all of the weight, or
-    `_CONVERTED_ROWS` where a conversion makes a copy.
-    """
-    vocabulary, dtype = head.weight.shape[0], _product_dtype(head)
-    converts = head.weight.dtype != dtype
-    step = columns or (_CONVERTED_ROWS if converts else vocabulary)
-    for first in range(0, vocabulary, step):
-        last = min(first + step, vocabulary)
-        yield first, last, head.weight[first:last].to(head.compute_dtype).to(dtype)

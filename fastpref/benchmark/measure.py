@@ -44,7 +44,6 @@ def time_peers(
     *,
     rounds: int,
     device: str,
-    tick: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Seconds of a forward, and of forward + backward, of each peer on one workload.
 
@@ -61,7 +60,6 @@ def time_peers(
                 seconds.setdefault((name, phase), []).append(
                     _seconds(losses[name], inputs, backward)
                 )
-            tick()
     return [
         {
             "workload": workload.name,

@@ -30,9 +30,9 @@ MB = 1e6
 CPU_SPEED = (
     Workload("smollm2-135m", 8, 256),
     Workload("smollm2-135m", 8, 256, frozen=True),
-    Workload("smollm2-135m", 4, 0),
-    Workload("smollm2-135m", 4, 0, packed=True),
-    Workload("qwen3-0.6b", 2, 128),
+    Workload("smollm2-135m", 2, 0),
+    Workload("smollm2-135m", 2, 0, packed=True),
+    Workload("qwen3-0.6b", 1, 128),
 )
 CPU_QUICK = (Workload("smollm2-135m", 2, 96), Workload("smollm2-135m", 2, 96, frozen=True))
 GPU_SPEED = tuple(
@@ -59,17 +59,18 @@ class Suite:
     rounds: int
     memory_repeats: int
     sweep_pairs: tuple[int, ...]  # memory against pairs, of the first workload
-    compiled: bool  # peers that compile first
-    accuracy_dtypes: tuple[str, ...]
-    accuracy_pairs: int
+    compiled: bool  # also peers that compile first, on the first workload
+    accuracy: tuple[Workload, ...]
+    accuracy_pairs: int  # of text
     training_steps: int  # rounds; 0 for none
 
 
 def suite_for(device: str, *, quick: bool, heads: list[str] | None = None) -> Suite:
     """The measurements of a run: minutes on two cores, two with `quick`."""
-    both = ("bfloat16", "float32")
+    small = Workload("smollm2-135m", 2, 64, "bfloat16")
+    both = (small, dataclasses.replace(small, dtype="float32"))
     if device == "cpu":
-        full = Suite(CPU_SPEED, 3, 2, (8, 16, 32), True, both, 8, 5)
+        full = Suite(CPU_SPEED, 3, 2, (8, 16, 32), True, both, 8, 3)
     else:
         full = Suite(GPU_SPEED, 9, 1, (4, 8, 16, 32), True, both, 16, 9)
     if quick:
@@ -98,7 +99,6 @@ def run_suite(
     memory: bool = True,
 ) -> dict[str, Any]:
     """Measures everything of a suite; the result is what the JSON file holds."""
-    names = [name for name in names if suite.compiled or not PEERS[name].compiles]
     results: dict[str, Any] = {"environment": environment(device), "skipped": []}
     for part in ("speed", "memory", "sweep", "accuracy", "training"):
         results[part] = []
@@ -108,34 +108,32 @@ def run_suite(
         progress.update(task, description=text, advance=1)
 
     for workload in suite.speed:
-        possible, skipped = runnable(names, make_inputs(workload, device))
+        compiles = suite.compiled and workload == suite.speed[0]
+        wanted = [name for name in names if compiles or not PEERS[name].compiles]
+        possible, skipped = runnable(wanted, make_inputs(workload, device))
         results["skipped"] += [
             {"workload": workload.name, "peer": name, "why": why} for name, why in skipped.items()
         ]
         say(f"time: {workload.name}")
-        results["speed"] += time_peers(
-            workload, possible, rounds=suite.rounds, device=device, tick=lambda: None
-        )
+        results["speed"] += time_peers(workload, possible, rounds=suite.rounds, device=device)
         for name in possible if memory else ():
             say(f"memory: {workload.name}, {name}")
-            results["memory"].append(
-                peak_memory(workload, name, device, repeats=suite.memory_repeats)
-            )
+            repeats = suite.memory_repeats if name in OURS else 1
+            results["memory"].append(peak_memory(workload, name, device, repeats=repeats))
     for pairs in suite.sweep_pairs:
-        for frozen in (False, True):
+        for name in OURS:
+            frozen = name == "fastpref frozen head"
             workload = dataclasses.replace(suite.speed[0], pairs=pairs, frozen=frozen)
-            for name in runnable(list(OURS), make_inputs(workload, device))[0]:
-                say(f"memory against pairs: {workload.name}, {name}")
-                entry = peak_memory(workload, name, device, repeats=1)
-                results["sweep"].append(entry | {"pairs": pairs, "frozen": frozen})
+            say(f"memory against pairs: {workload.name}, {name}")
+            entry = peak_memory(workload, name, device, repeats=1)
+            results["sweep"].append(entry | {"pairs": pairs})
     exact = [name for name in names if not PEERS[name].compiles]
-    for dtype in suite.accuracy_dtypes:
-        say(f"accuracy: {dtype}")
-        random = dataclasses.replace(CPU_QUICK[0], length=64, dtype=dtype)
-        inputs = make_inputs(random, device)
-        results["accuracy"] += accuracy(inputs, exact, "random, deviation 6")
+    for workload in suite.accuracy:
+        say(f"accuracy: {workload.name}")
+        found = accuracy(make_inputs(workload, device), exact, "random, deviation 6")
+        results["accuracy"] += found
         if model_directory is not None:
-            inputs = real_inputs(model_directory, suite.accuracy_pairs, dtype)
+            inputs = real_inputs(model_directory, suite.accuracy_pairs, workload.dtype)
             results["accuracy"] += accuracy(inputs, exact, "SmolLM2 on text")
     if suite.training_steps and model_directory is not None:
         from fastpref.benchmark.steps import step_memory, time_steps
@@ -304,7 +302,7 @@ def _sweep_chart(results: dict[str, Any], directory: Path) -> Path:
         points = [
             (entry["pairs"], entry["bytes"] / MB)
             for entry in results["sweep"]
-            if entry["peer"] == name and entry["frozen"] == (name == "fastpref frozen head")
+            if entry["peer"] == name
         ]
         panel.plot(*zip(*points, strict=True), marker="o", label=name)
     panel.set_xlabel("pairs")
@@ -390,12 +388,12 @@ def _markdown_accuracy(results: dict[str, Any]) -> str:
 
 
 def _markdown_pairs(results: dict[str, Any]) -> str:
-    found = {(e["peer"], e["frozen"], e["pairs"]): e["bytes"] for e in results["sweep"]}
-    pairs = sorted({key[2] for key in found})
+    found = {(entry["peer"], entry["pairs"]): entry["bytes"] for entry in results["sweep"]}
+    pairs = sorted({key[1] for key in found})
     rows = [
         [
             _emphasised(name),
-            *(f"{found[name, name.endswith('head'), n] / MB:,.0f} MB" for n in pairs),
+            *(f"{found[name, n] / MB:,.0f} MB" for n in pairs),
         ]
         for name in OURS
     ]

@@ -1,14 +1,35 @@
 """Triton kernels of fastpref: projection, softmax statistics, gradient and pair weighting.
 
-This release carries none yet; `unavailable_reason` says so to whoever asks for them.
+They know rows, vocabulary, coefficients and offsets; nothing of modules or losses by name. Where
+Triton is missing only `unavailable_reason` is here, and says so.
 """
 
-__all__ = ["unavailable_reason"]
+from .availability import HAS_TRITON, unavailable_reason
 
+__all__ = ["HAS_TRITON", "unavailable_reason"]
 
-def unavailable_reason(device_type: str) -> str:
-    """Why the Triton kernels cannot run on a device of this type ("cuda", "cpu", …)."""
-    return (
-        f"this release of fastpref_kernels has no Triton kernels (asked for on {device_type!r}); "
-        "use backend='torch' or 'auto'"
+if HAS_TRITON:
+    from .cases import CompileCase, compile_cases
+    from .configs import Epilogue
+    from .ops import (
+        OPERATORS,
+        projection_statistics,
+        row_gradients_,
+        row_statistics,
+        scaled,
+        weigh_pairs,
     )
+    from .pairs import METRICS
+
+    __all__ += [
+        "METRICS",
+        "OPERATORS",
+        "CompileCase",
+        "Epilogue",
+        "compile_cases",
+        "projection_statistics",
+        "row_gradients_",
+        "row_statistics",
+        "scaled",
+        "weigh_pairs",
+    ]

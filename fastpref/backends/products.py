@@ -1,0 +1,54 @@
+"""Operands of the large matrix products, and the dtype in which they are multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastpref.backends import Head
+
+# Rows of the weight converted at a time where the products do not take its dtype.
+_CONVERTED_ROWS = 4096
+# `mm(..., out_dtype=float32)` keeps the fp32 accumulator of bf16 products; CUDA, torch ≥ 2.8.
+_VERSION = tuple(int(x) for x in torch.__version__.split(".")[:2])
+_MM_OUT_DTYPE = _VERSION >= (2, 8) and torch.version.hip is None
+
+
+def multiplies_half(device_type: str) -> bool:
+    """Whether a product of half-precision operands can keep its fp32 accumulators."""
+    return device_type == "cuda" and _MM_OUT_DTYPE
+
+
+def product_dtype(head: Head) -> torch.dtype:
+    """Half precision only where a product keeps its accumulators; else converted."""
+    half = multiplies_half(head.weight.device.type)
+    return head.compute_dtype if half else head.accumulate_dtype
+
+
+def as_operand(hidden: Tensor, head: Head) -> Tensor:
+    """Rounded to the head's `compute_dtype`, in the products' dtype."""
+    return hidden.to(head.compute_dtype).to(product_dtype(head))
+
+
+def weight_slices(head: Head, columns: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
+    """`(first, last, weight[first:last])` over the vocabulary, in the products' dtype.
+
+    Without `columns` the slices are as large as they can be: all of the weight, or
+    `_CONVERTED_ROWS` where a conversion makes a copy.
+    """
+    vocabulary, dtype = head.weight.shape[0], product_dtype(head)
+    converts = head.weight.dtype != dtype
+    step = columns or (_CONVERTED_ROWS if converts else vocabulary)
+    for first in range(0, vocabulary, step):
+        last = min(first + step, vocabulary)
+        yield first, last, head.weight[first:last].to(head.compute_dtype).to(dtype)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right`, accumulated in total's dtype."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)

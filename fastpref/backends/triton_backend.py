@@ -1,0 +1,142 @@
+"""Logits by tile kernels and by the library's matrix products, their rows by Triton kernels.
+
+What is only looked at never leaves the tile kernel. Where the logits are needed a second time, a
+library product writes W h in fp32 and one kernel each reads the statistics and turns the products
+into their gradient, in place and in the dtype that the next products take.
+"""
+
+from __future__ import annotations
+
+import fastpref_kernels as kernels
+import torch
+from fastpref_kernels import Epilogue
+from torch import Tensor
+
+from fastpref.backends import Grads, Head, RowStats, Weighed
+from fastpref.backends.products import add_product, as_operand, product_dtype, weight_slices
+from fastpref.objectives import PairFormula
+
+scaled = kernels.scaled
+
+
+def forward(
+    hidden: Tensor,  # (M, H)
+    index: Tensor | None,  # (n,)
+    targets: Tensor,  # (n,)
+    head: Head,
+    tile: tuple[int, int],  # the kernel has its own
+    stats: tuple[str, ...],
+) -> RowStats:
+    found = kernels.projection_statistics(
+        hidden, head.weight, targets, _epilogue(head), stats, index, head.compute_dtype
+    )
+    return RowStats(*found)
+
+
+def group_forward(
+    hidden: Tensor,  # (n, H)
+    targets: Tensor,  # (n,)
+    head: Head,
+    buffer: Tensor,  # (n, V)
+    stats: tuple[str, ...],
+) -> RowStats:
+    operand = as_operand(hidden, head)
+    for first, last, weight in weight_slices(head):
+        _product(operand, weight.T, out=buffer[:, first:last])
+    return RowStats(*kernels.row_statistics(buffer, targets, _epilogue(head), stats))
+
+
+def group_backward(
+    hidden: Tensor,  # (n, H)
+    targets: Tensor,  # (n,)
+    head: Head,
+    buffer: Tensor,  # (n, V)
+    rows: RowStats,
+    coef: Tensor,  # (n,)
+    grads: Grads,
+) -> None:
+    grad_logits = kernels.row_gradients_(
+        buffer, targets, rows.lse, coef, _epilogue(head), product_dtype(head)
+    )
+    if grads.bias is not None:
+        grads.bias += grad_logits.sum(0, dtype=grads.bias.dtype)
+    if grads.weight is not None:
+        add_product(grads.weight, grad_logits.T, as_operand(hidden, head))
+    if grads.hidden is not None:
+        grads.hidden.zero_()
+        for first, last, weight in weight_slices(head):
+            add_product(grads.hidden, grad_logits[:, first:last], weight)
+
+
+def recompute_backward(
+    hidden: Tensor,  # (n, H)
+    targets: Tensor,  # (n,)
+    head: Head,
+    lse: Tensor,  # (n,)
+    coef: Tensor,  # (n,)
+    entropy: tuple[Tensor, Tensor] | None,
+    tile: tuple[int, int],
+    wants: tuple[bool, bool, bool],
+) -> Grads:
+    rows, columns = tile
+    dtype, epilogue = product_dtype(head), _epilogue(head)
+    operand = as_operand(hidden, head)
+    grads = Grads(
+        operand.new_zeros(operand.shape, dtype=head.accumulate_dtype) if wants[0] else None,
+        torch.empty_like(head.weight) if wants[1] else None,
+        torch.empty_like(head.bias) if wants[2] else None,
+    )
+    buffer = hidden.new_empty(min(rows, len(hidden)), columns, dtype=head.accumulate_dtype)
+    for first, last, weight in weight_slices(head, columns):
+        if wants[1]:  # a slice of the gradient itself where it needs no conversion
+            grad_weight = grads.weight[first:last].to(buffer.dtype).zero_()
+        grad_bias = buffer.new_zeros(last - first)
+        of_columns = epilogue.sliced(first, last)
+        for start in range(0, len(hidden), rows):
+            block = slice(start, start + rows)
+            products = buffer[: len(operand[block]), : last - first]
+            _product(operand[block], weight.T, out=products)
+            grad_logits = kernels.row_gradients_(
+                products, targets[block], lse[block], coef[block], of_columns, dtype, first,
+                None if entropy is None else (entropy[0][block], entropy[1][block]),
+            )  # fmt: skip
+            if wants[2]:
+                grad_bias += grad_logits.sum(0, dtype=grad_bias.dtype)
+            if wants[1]:
+                add_product(grad_weight, grad_logits.T, operand[block])
+            if wants[0]:
+                add_product(grads.hidden[block], grad_logits, weight)
+        if wants[1]:
+            grads.weight[first:last] = grad_weight
+        if wants[2]:
+            grads.bias[first:last] = grad_bias
+    return grads
+
+
+def weigh_pairs(
+    logps: Tensor,  # (n,)
+    offsets: Tensor,  # (2B + 1,)
+    formula: PairFormula,
+    **pairs: object,  # first, last, divisor, ref_logps (2, B), scores (2, B), token_weights (n,)
+) -> Weighed:
+    """Losses, coefficients and metrics of pairs in one launch."""
+    sums, losses, coef, values = kernels.weigh_pairs(logps, offsets, formula, **pairs)
+    groups = {"weights": formula.quality is not None, "balance": formula.balance is not None}
+    metrics = {
+        name: value
+        for name, value in zip(kernels.METRICS, values, strict=True)
+        if groups.get(name.split("/")[0], True)
+    }
+    return Weighed(sums, losses, coef, metrics)
+
+
+def _epilogue(head: Head) -> Epilogue:
+    return Epilogue(head.bias, head.logit_scale, head.softcap, head.temperature)
+
+
+def _product(left: Tensor, right: Tensor, *, out: Tensor) -> None:
+    """`out = left @ right`, in out's dtype from the accumulators."""
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)

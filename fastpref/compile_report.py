@@ -1,0 +1,170 @@
+"""Ahead-of-time compilation of every Triton kernel, without a GPU: registers, memory, spills.
+
+Each kernel is compiled in its default configuration for each architecture. It must not spill and
+its shared memory must fit; half-precision products must be the architecture's own matrix
+instructions. NVIDIA's cubins are read by the `cuobjdump` that ships inside the triton wheel, AMD's
+code objects by their own metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import fastpref_kernels
+import torch
+import triton
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+KIB = 1024
+# The most shared memory that a block may have, bytes.
+SHARED_LIMIT = {
+    "sm_80": 163 * KIB,
+    "sm_86": 99 * KIB,
+    "sm_90": 227 * KIB,
+    "sm_100": 227 * KIB,
+    "gfx942": 64 * KIB,
+}
+ARCHITECTURES = tuple(SHARED_LIMIT)
+# What a half-precision product must be made of, in PTX or in GCN assembly.
+MATRIX_INSTRUCTION = {
+    "sm_80": "mma.sync",
+    "sm_86": "mma.sync",
+    "sm_90": "wgmma",
+    "sm_100": "tcgen05",
+    "gfx942": "v_mfma",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel takes on one architecture; memory in bytes."""
+
+    kernel: str
+    variant: str
+    architecture: str
+    blocks: str
+    warps: int
+    stages: int
+    registers: int  # a thread
+    spilled: int  # stack and local memory a thread
+    shared: int  # a block
+    matrix_instruction: str  # "" if the kernel has none
+
+    def faults(self, expects_matrix: bool) -> list[str]:
+        """Why this may not ship; empty if it may."""
+        found = []
+        if self.spilled:
+            found.append(f"spills {self.spilled} bytes")
+        if self.shared > SHARED_LIMIT[self.architecture]:
+            found.append(f"{self.shared} bytes of shared memory")
+        if expects_matrix and not self.matrix_instruction:
+            found.append(f"no {MATRIX_INSTRUCTION[self.architecture]}")
+        return found
+
+
+def compile_case(case: fastpref_kernels.CompileCase, architecture: str) -> Compiled:
+    """Compiles one case of `fastpref_kernels.compile_cases`."""
+    names = case.kernel.arg_names
+    signature = {name: case.types.get(name, "constexpr") for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+    source = ASTSource(case.kernel, signature, case.constants, aligned)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    binary = triton.compile(source, target=_target(architecture), options=options)
+    read = _read_cubin if architecture.startswith("sm_") else _read_code_object
+    registers, spilled = read(binary.asm)
+    text = binary.asm.get("ptx") or binary.asm["amdgcn"]
+    instruction = MATRIX_INSTRUCTION[architecture]
+    return Compiled(
+        kernel=case.kernel.__name__.removesuffix("_kernel"),
+        variant=case.variant,
+        architecture=architecture,
+        blocks="×".join(str(case.constants[b]) for b in names if b.startswith("BLOCK")),
+        warps=case.num_warps,
+        stages=case.num_stages,
+        registers=registers,
+        spilled=spilled,
+        shared=binary.metadata.shared,
+        matrix_instruction=instruction if instruction in text else "",
+    )
+
+
+def compile_all(
+    architectures: tuple[str, ...] = ARCHITECTURES,
+) -> Iterator[tuple[Compiled, list[str]]]:
+    """Every default configuration, and the faults of each."""
+    for architecture in architectures:
+        for case in fastpref_kernels.compile_cases(architecture):
+            compiled = compile_case(case, architecture)
+            yield compiled, compiled.faults(case.multiplies)
+
+
+def table_of(found: list[tuple[Compiled, list[str]]]) -> Table:
+    table = Table(title=f"compiled ahead of time by triton {triton.__version__}, no GPU needed")
+    for name in ("kernel", "variant", "architecture", "blocks", "warps"):
+        table.add_column(name, no_wrap=True)
+    for name in ("registers", "spilled B", "shared KiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("matrix")
+    table.add_column("fault", style="bold red")
+    for compiled, faults in found:
+        table.add_row(
+            compiled.kernel,
+            compiled.variant,
+            compiled.architecture,
+            compiled.blocks,
+            str(compiled.warps),
+            str(compiled.registers),
+            str(compiled.spilled),
+            f"{compiled.shared / KIB:.1f}",
+            compiled.matrix_instruction,
+            ", ".join(faults),
+        )
+    return table
+
+
+def write(found: list[tuple[Compiled, list[str]]], path: Path) -> None:
+    """The table as JSON: versions, units, and one object a kernel and architecture."""
+    content = {
+        "triton": triton.__version__,
+        "torch": torch.__version__.split("+")[0],
+        "units": {"registers": "a thread", "spilled": "bytes a thread", "shared": "bytes a block"},
+        "kernels": [dataclasses.asdict(compiled) for compiled, _ in found],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _target(architecture: str) -> GPUTarget:
+    if architecture.startswith("sm_"):
+        return GPUTarget("cuda", int(architecture[3:]), 32)
+    return GPUTarget("hip", architecture, 64)
+
+
+def _read_cubin(asm: dict) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (
+        int(re.search(rf"{name}:(\d+)", text).group(1)) for name in ("REG", "STACK", "LOCAL")
+    )
+    return registers, stack + local
+
+
+def _read_code_object(asm: dict) -> tuple[int, int]:
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", asm["amdgcn"]).group(1))
+
+    spills = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+    return number("vgpr_count"), spills + number("private_segment_fixed_size")

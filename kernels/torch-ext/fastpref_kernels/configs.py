@@ -1,0 +1,157 @@
+"""Fixed launch configurations, and what every launcher needs to know of the head.
+
+Nothing is tuned at run time: batches differ in length at every step, and tuning on N would never
+end. Where measurements on a GPU prefer another shape, this file is the one to change; an
+environment variable tries one without changing it:
+
+    FASTPREF_PROJECTION=128,256,64,8,3     BLOCK_N,BLOCK_V,BLOCK_H,warps,stages
+    FASTPREF_ROWS=1,4096,8                 BLOCK_N,BLOCK_V,warps
+"""
+
+import functools
+import os
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+# Decided when the kernels are decorated, at import; so is this.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """The head after the product: `z = cap·tanh(scale·(W h + b) / cap) / temperature`."""
+
+    bias: Tensor | None = None  # (V,)
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def sliced(self, first: int, last: int) -> "Epilogue":
+        """Of columns `first:last` of the vocabulary."""
+        if self.bias is None:
+            return self
+        bias = self.bias[first:last]
+        return Epilogue(bias, self.logit_scale, self.softcap, self.temperature)
+
+    def bias_or(self, other: Tensor) -> Tensor:
+        """The bias, or a tensor in its place that no kernel will read."""
+        return other if self.bias is None else self.bias
+
+    def flags(self) -> dict[str, bool | float]:
+        """The kernels' compile-time arguments; a head has one set of them for its whole life."""
+        if self.softcap is None:
+            inner, outer = self.logit_scale / self.temperature, 1.0
+        else:
+            inner, outer = self.logit_scale / self.softcap, self.softcap / self.temperature
+        return {
+            "INNER": float(inner),
+            "OUTER": float(outer),
+            "HAS_SOFTCAP": self.softcap is not None,
+            "HAS_BIAS": self.bias is not None,
+        }
+
+
+@dataclass(frozen=True)
+class ProjectionConfig:
+    """Blocks of the projection: rows × vocabulary × hidden."""
+
+    block_n: int
+    block_v: int
+    block_h: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False  # operands by tensor descriptors (the bulk copy engine)
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """Blocks of the row kernels: rows × vocabulary."""
+
+    block_n: int
+    block_v: int
+    num_warps: int
+
+
+# Half precision. Over 8 warps, 128 × 256 accumulators are 128 registers a thread.
+_PROJECTION = {
+    # 64 KiB of shared memory: one stage of 128 × 64 and 128 × 64 is 32 KiB.
+    "gfx942": ProjectionConfig(128, 128, 64, 8, 2),
+    # 163 KiB would hold more stages, but two rounds of registers for 128 × 256 would spill.
+    "sm_80": ProjectionConfig(128, 128, 64, 8, 3),
+    # 99 KiB: three stages of 128 × 32 and 128 × 32.
+    "sm_86": ProjectionConfig(128, 128, 32, 8, 3),
+    # wgmma reads both operands from shared memory: 48 KiB a stage.
+    "sm_90": ProjectionConfig(128, 256, 64, 8, 3, descriptors=True),
+    # Accumulators live in tensor memory.
+    "sm_100": ProjectionConfig(128, 256, 64, 8, 3, descriptors=True),
+}
+# A softcap or statistics beyond log-sum-exp keep more of the tile alive at once than the large tile
+# leaves registers for. There is room for another stage instead.
+_PROJECTION_RICH = {
+    "sm_90": ProjectionConfig(128, 128, 64, 8, 4, descriptors=True),
+    "sm_100": ProjectionConfig(128, 64, 64, 8, 4, descriptors=True),
+}
+# fp32 multiplies without tensor cores, fp64 with few: small tiles, for exactness and not for speed.
+_PROJECTION_WIDE = ProjectionConfig(32, 64, 16, 4, 2)
+_PROJECTION_INTERPRETED = ProjectionConfig(16, 64, 32, 1, 1)
+
+# One row a program: 16 bytes a load, 4 loads a thread in flight, and no shared memory to speak of.
+_ROWS = RowsConfig(1, 4096, 8)
+# The interpreter costs the same for a large block as for a small one.
+_ROWS_INTERPRETED = RowsConfig(16, 256, 1)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """`sm_90`, `gfx942`, …; the key of the tables above."""
+    if device.type == "cuda" and torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    if device.type == "cuda":
+        return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return device.type
+
+
+def projection_config(
+    name: str, dtype: torch.dtype, *, rich: bool, describable: bool = True
+) -> ProjectionConfig:
+    """Of an architecture by its name.
+
+    Args:
+        rich: the epilogue does more than log-sum-exp.
+        describable: tensor descriptors may point at the operands.
+    """
+    if INTERPRETED:
+        found = _PROJECTION_INTERPRETED
+    elif dtype.itemsize > 2:
+        found = _PROJECTION_WIDE
+    else:
+        name = _nearest(name)
+        found = _PROJECTION[name]
+        # Addresses of pointer loads take registers too.
+        if rich or (found.descriptors and not describable):
+            found = _PROJECTION_RICH.get(name, found)
+    asked = os.environ.get("FASTPREF_PROJECTION")
+    if asked:
+        found = ProjectionConfig(*map(int, asked.split(",")), descriptors=found.descriptors)
+    return replace(found, descriptors=found.descriptors and describable)
+
+
+def rows_config() -> RowsConfig:
+    """The configuration of the row kernels."""
+    asked = os.environ.get("FASTPREF_ROWS")
+    if asked:
+        return RowsConfig(*map(int, asked.split(",")))
+    return _ROWS_INTERPRETED if INTERPRETED else _ROWS
+
+
+def _nearest(name: str) -> str:
+    """The table's entry for an architecture: itself, or the one that asks least of its kind."""
+    if name in _PROJECTION:
+        return name
+    if name.startswith("sm_"):
+        number = int(name[3:])
+        # 12.x has mma.sync and 99 KiB, like 8.6 and 8.9; 10.3 is a 10.0.
+        return "sm_100" if 100 <= number < 120 else "sm_86"
+    return "gfx942"

@@ -1,0 +1,269 @@
+"""The launchers as torch operators: opaque to torch.compile, with shapes known in advance.
+
+The functions below are what this package offers. Each packs its arguments into what an operator's
+schema can hold and calls the operator, whose implementation is the launcher of the same name.
+"""
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from . import forward, pairs, rows, scale
+from .configs import Epilogue
+from .pairs import Formula
+
+# Its own for each copy of this package that a process has loaded.
+_NAMESPACE = __package__.replace(".", "_").replace("-", "_")
+
+
+# --- projection to log-probability --------------------------------------------------------------
+
+
+def projection_statistics(
+    hidden: Tensor,  # (M, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (n,) int64
+    epilogue: Epilogue,
+    stats: tuple[str, ...] = (),
+    index: Tensor | None = None,  # (n,) rows of hidden; None for all
+    dtype: torch.dtype | None = None,  # operands are rounded to it; None for hidden's
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Log-probability and log-sum-exp `(n,)` of each row, nats, and the asked-for statistics.
+
+    fp32, or fp64 for fp64 operands. Holds 16 MiB beside its results, besides conversions.
+    """
+    logps, lse, *extra = projection_op(
+        hidden, weight, targets, *_of(epilogue), " ".join(stats), index, dtype or hidden.dtype
+    )
+    return logps, lse, dict(zip(stats, extra, strict=True))
+
+
+@custom_op(f"{_NAMESPACE}::projection", mutates_args=())
+def projection_op(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    stats: str,  # names with spaces between
+    index: Tensor | None,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    epilogue = Epilogue(bias, logit_scale, softcap, temperature)
+    return _flat(
+        forward.projection_statistics(
+            hidden, weight, targets, epilogue, stats.split(), index, dtype
+        )
+    )
+
+
+@projection_op.register_fake
+def _(hidden, weight, targets, bias, logit_scale, softcap, temperature, stats, index, dtype):
+    return _like_statistics(targets, forward.wide_dtype(dtype), stats.split())
+
+
+# --- rows of materialised products --------------------------------------------------------------
+
+
+def row_statistics(
+    products: Tensor,  # (n, V) W h; fp32 or fp64
+    targets: Tensor,  # (n,) int64
+    epilogue: Epilogue,
+    stats: tuple[str, ...] = (),
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Log-probability and log-sum-exp `(n,)` of each row, nats, and the asked-for statistics."""
+    logps, lse, *extra = row_statistics_op(products, targets, *_of(epilogue), " ".join(stats))
+    return logps, lse, dict(zip(stats, extra, strict=True))
+
+
+@custom_op(f"{_NAMESPACE}::row_statistics", mutates_args=())
+def row_statistics_op(
+    products: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    stats: str,  # names with spaces between
+) -> list[Tensor]:
+    epilogue = Epilogue(bias, logit_scale, softcap, temperature)
+    return _flat(rows.row_statistics(products, targets, epilogue, stats.split()))
+
+
+@row_statistics_op.register_fake
+def _(products, targets, bias, logit_scale, softcap, temperature, stats):
+    return _like_statistics(targets, products.dtype, stats.split())
+
+
+def row_gradients_(
+    products: Tensor,  # (n, columns) W h, consumed
+    targets: Tensor,  # (n,) int64
+    lse: Tensor,  # (n,)
+    coef: Tensor,  # (n,)
+    epilogue: Epilogue,
+    dtype: torch.dtype,
+    first: int = 0,
+    entropy: tuple[Tensor, Tensor] | None = None,  # entropies (n,) and their coefficients (n,)
+) -> Tensor:
+    """Gradient of Σ coef·ℓ with respect to W h + b: `(n, columns)` of `dtype`, in place.
+
+    `products` are columns `first` and on of the vocabulary. The result lies in their memory; where
+    `dtype` is narrower, each row in the front of its old one. Rows of coefficient 0 are not read.
+    """
+    entropies, entropy_coefs = entropy or (None, None)
+    row_gradients_op(
+        products, targets, lse, coef, *_of(epilogue), dtype, first, entropies, entropy_coefs
+    )
+    return rows.narrowed(products, dtype)
+
+
+@custom_op(f"{_NAMESPACE}::row_gradients_", mutates_args={"products"})
+def row_gradients_op(
+    products: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    coef: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    dtype: torch.dtype,
+    first: int,
+    entropies: Tensor | None,
+    entropy_coefs: Tensor | None,
+) -> None:
+    epilogue = Epilogue(bias, logit_scale, softcap, temperature)
+    entropy = None if entropies is None else (entropies, entropy_coefs)
+    rows.row_gradients_(products, targets, lse, coef, epilogue, dtype, first, entropy)
+
+
+@row_gradients_op.register_fake
+def _(products, *args):
+    return None
+
+
+# --- pairs --------------------------------------------------------------------------------------
+
+
+def weigh_pairs(
+    logps: Tensor,  # (n,) tokens of the pairs `first:last`
+    offsets: Tensor,  # (2B + 1,) int64, of all responses: chosen, rejected, chosen, …
+    formula: Formula,
+    *,
+    first: int,
+    last: int,
+    divisor: int = 1,
+    ref_logps: Tensor | None = None,  # (2, B): chosen and rejected
+    scores: Tensor | None = None,  # (2, B)
+    token_weights: Tensor | None = None,  # (n,)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weighs the pairs `first:last` by `formula`.
+
+    Returns:
+        Sums of the responses `(2·pairs,)` in offsets' order, nats; losses `(pairs,)`; coefficients
+        ∂(Σ losses / divisor)/∂logps `(n,)`; and the values `(12, pairs)` of `METRICS`, 0 for pairs
+        of which a response is empty, the rows that the formula has nothing for unwritten.
+    """
+    return tuple(
+        weigh_pairs_op(
+            logps,
+            offsets,
+            ref_logps,
+            scores,
+            token_weights,
+            list(pairs.numbers_of(formula)),
+            [int(flag) for flag in pairs.flags_of(formula).values()],
+            first,
+            last,
+            divisor,
+        )
+    )
+
+
+@custom_op(f"{_NAMESPACE}::weigh_pairs", mutates_args=())
+def weigh_pairs_op(
+    logps: Tensor,
+    offsets: Tensor,
+    ref_logps: Tensor | None,
+    scores: Tensor | None,
+    token_weights: Tensor | None,
+    numbers: list[float],
+    flags: list[int],
+    first: int,
+    last: int,
+    divisor: int,
+) -> list[Tensor]:
+    return list(
+        pairs.weigh_pairs(
+            logps, offsets, ref_logps, scores, token_weights, numbers, flags, first, last, divisor
+        )
+    )
+
+
+@weigh_pairs_op.register_fake
+def _(logps, offsets, ref_logps, scores, token_weights, numbers, flags, first, last, divisor):
+    sizes = (2 * (last - first), last - first, logps.shape, (len(pairs.METRICS), last - first))
+    return [logps.new_empty(size) for size in sizes]
+
+
+# --- scaling ------------------------------------------------------------------------------------
+
+
+def scaled(
+    grad: Tensor,  # contiguous, fp32 or fp64, consumed
+    upstream: Tensor,  # ()
+    dtype: torch.dtype,
+) -> Tensor:
+    """`grad · upstream` in `dtype`, rounded once: in place if that is grad's, else in one pass."""
+    if dtype != grad.dtype:
+        return scaled_op(grad, upstream, dtype)
+    scale_op(grad, upstream)
+    return grad
+
+
+@custom_op(f"{_NAMESPACE}::scale_", mutates_args={"grad"})
+def scale_op(grad: Tensor, upstream: Tensor) -> None:
+    scale.scale_into(grad, grad, upstream)
+
+
+@scale_op.register_fake
+def _(grad, upstream):
+    return None
+
+
+@custom_op(f"{_NAMESPACE}::scaled", mutates_args=())
+def scaled_op(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    out = torch.empty_like(grad, dtype=dtype)
+    scale.scale_into(out, grad, upstream)
+    return out
+
+
+@scaled_op.register_fake
+def _(grad, upstream, dtype):
+    return torch.empty_like(grad, dtype=dtype)
+
+
+OPERATORS = (
+    projection_op,
+    row_statistics_op,
+    row_gradients_op,
+    weigh_pairs_op,
+    scale_op,
+    scaled_op,
+)
+
+
+def _of(epilogue: Epilogue) -> tuple[Tensor | None, float, float | None, float]:
+    return epilogue.bias, epilogue.logit_scale, epilogue.softcap, epilogue.temperature
+
+
+def _flat(found: tuple[Tensor, Tensor, dict[str, Tensor]]) -> list[Tensor]:
+    logps, lse, extra = found
+    return [logps, lse, *extra.values()]
+
+
+def _like_statistics(targets: Tensor, dtype: torch.dtype, stats: list[str]) -> list[Tensor]:
+    dtypes = [dtype, dtype, *(torch.bool if name == "is_top1" else dtype for name in stats)]
+    return [targets.new_empty(targets.shape, dtype=dtype) for dtype in dtypes]

@@ -1,0 +1,366 @@
+"""Pair weighting: from token log-probabilities to losses, coefficients and metrics, in one launch.
+
+A program owns one pair. It adds up both responses' tokens in float64 in one fixed order, evaluates
+the objective on the two sums, and writes each token's coefficient, `∂(Σ L / divisor) / ∂ℓ_t`. The
+objective comes as a formula of general ingredients, its numbers in a small vector and its choices
+as compile-time flags:
+
+    ρ_y = x_y, or x_y − log(1 − e^x_y) as log-odds     x_y = (ℓ_y − r_y) or ℓ_y, over n_y or not
+    m   = scale (a_w ρ_w − a_l ρ_l) + shift + length_weight (n_w − n_l)
+    L   = weight · q · w · f(m) − c ℓ_w                 f: −log σ with label noise, hinge, square
+    q   = σ(η (s_w − s_l))                              quality of the pair
+    w   = (1 − σ(u))^γ, u = scale (ℓ_w − ℓ_l) − τ       how little of it has been learned
+    c   = λ, or λ where r_w > ℓ_w and s_w ≥ s_least     NLL of the chosen response
+    a_y = clip(e^(±α_y δ), 1/κ, κ), δ = b_w − b_l       the balance, a constant to the gradient
+
+Both coefficients follow by the chain rule, written out below.
+"""
+
+import functools
+from typing import Any, Protocol
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LINKS = ("log_sigmoid", "hinge", "square")
+METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "weights/quality",
+    "weights/performance",
+    "weights/nll",
+    "balance/chosen",
+    "balance/rejected",
+    "balance/clipped",
+)
+BLOCK_TOKENS = 1024
+_LOG_ODDS_MAX = tl.constexpr(-1e-6)  # ℓ̄ stays below: a perfectly predicted response is finite
+
+
+class Formula(Protocol):
+    """The ingredients above by name; `fastpref.objectives.PairFormula` is one."""
+
+    link: str
+    scale: float
+    shift: float
+    length_weight: float
+    label_smoothing: float
+    weight: float
+    uses_reference: bool
+    normalized: bool
+    log_odds: bool
+    nll_weight: float
+    nll_normalized: bool
+    nll_least_score: float | None  # not None: only where the policy fell behind the reference
+    quality: float | None
+    focus: tuple[float, float] | None  # γ, τ
+    focus_detached: bool
+    balance: Any  # None, or what has source, chosen_exponent, rejected_exponent, clip, per_token
+    reward_scale: float
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x ≥ 0 by an accurate log: the rounding of 1 + x is divided out again."""
+    wide = 1.0 + x
+    return tl.where(wide == 1.0, x, tl.log(wide) * (x / tl.where(wide == 1.0, 1.0, wide - 1.0)))
+
+
+@triton.jit
+def _softplus(x):
+    return tl.where(x > 0, x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _sigmoid(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def _log1m_exp(x):
+    return tl.log(1.0 - tl.exp(tl.minimum(x, _LOG_ODDS_MAX)))
+
+
+@triton.jit
+def _sequence_sum(logps_ptr, weights_ptr, start, stop, HAS_WEIGHTS: tl.constexpr, BLOCK):
+    """Weighted sum of `logps[start:stop]`, rounded once, as float64."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for at in range(start, stop, BLOCK):
+        token = at + tl.arange(0, BLOCK)
+        logps = tl.load(logps_ptr + token, token < stop, other=0.0)
+        if HAS_WEIGHTS:
+            weights = tl.load(weights_ptr + token, token < stop, other=0.0)
+            logps = logps * weights.to(logps.dtype)
+        total += logps.to(tl.float64)
+    return tl.sum(total, 0).to(logps_ptr.dtype.element_ty).to(tl.float64)
+
+
+@triton.jit
+def _spread(coef_ptr, weights_ptr, coef, start, stop, HAS_WEIGHTS: tl.constexpr, BLOCK):
+    """A response's coefficient to each of its tokens, times the token's weight."""
+    coef = coef.to(coef_ptr.dtype.element_ty)
+    for at in range(start, stop, BLOCK):
+        token = at + tl.arange(0, BLOCK)
+        of_token = tl.zeros((BLOCK,), coef_ptr.dtype.element_ty) + coef
+        if HAS_WEIGHTS:
+            weights = tl.load(weights_ptr + token, token < stop, other=0.0)
+            of_token = of_token * weights.to(of_token.dtype)
+        tl.store(coef_ptr + token, of_token, token < stop)
+
+
+@triton.jit(do_not_specialize=["pairs", "first", "total_pairs", "divisor"])
+def pair_weighting_kernel(
+    logps_ptr,  # (n,) tokens of the pairs `first` and on, chosen before rejected
+    weights_ptr,  # (n,)
+    offsets_ptr,  # (2·total_pairs + 1,) where each response starts among all tokens
+    ref_logps_ptr,  # (2, total_pairs)
+    scores_ptr,  # (2, total_pairs)
+    numbers_ptr,  # (14,) float64
+    sums_ptr,  # (2·pairs,) out
+    losses_ptr,  # (pairs,) out
+    coef_ptr,  # (n,) out
+    metrics_ptr,  # (12, pairs) out
+    pairs,
+    first,
+    total_pairs,
+    divisor,
+    LINK: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    USES_REFERENCE: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    LOG_ODDS: tl.constexpr,
+    HAS_NLL: tl.constexpr,
+    NLL_NORMALIZED: tl.constexpr,
+    NLL_GATED: tl.constexpr,
+    HAS_QUALITY: tl.constexpr,
+    HAS_FOCUS: tl.constexpr,
+    FOCUS_DETACHED: tl.constexpr,
+    HAS_BALANCE: tl.constexpr,
+    BALANCE_OF_REWARD: tl.constexpr,
+    BALANCE_PER_TOKEN: tl.constexpr,
+    HAS_REFERENCE: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pair = tl.program_id(0)
+    base = tl.load(offsets_ptr + 2 * first)
+    offset_ptr = offsets_ptr + 2 * (first + pair)
+    start = tl.load(offset_ptr) - base
+    middle = tl.load(offset_ptr + 1) - base
+    stop = tl.load(offset_ptr + 2) - base
+    l_w = _sequence_sum(logps_ptr, weights_ptr, start, middle, HAS_WEIGHTS, BLOCK)
+    l_l = _sequence_sum(logps_ptr, weights_ptr, middle, stop, HAS_WEIGHTS, BLOCK)
+    tokens_w, tokens_l = (middle - start).to(tl.float64), (stop - middle).to(tl.float64)
+    counts = (tokens_w > 0) & (tokens_l > 0)  # else the objective never sees the pair
+    over_w, over_l = 1.0 / tl.maximum(tokens_w, 1.0), 1.0 / tl.maximum(tokens_l, 1.0)
+    ref_w, ref_l, s_w, s_l = l_w * 0.0, l_w * 0.0, l_w * 0.0, l_w * 0.0
+    if HAS_REFERENCE:
+        ref_w = tl.load(ref_logps_ptr + first + pair).to(logps_ptr.dtype.element_ty)
+        ref_l = tl.load(ref_logps_ptr + total_pairs + first + pair)
+        ref_l = ref_l.to(logps_ptr.dtype.element_ty)
+        ref_w, ref_l = ref_w.to(tl.float64), ref_l.to(tl.float64)
+    if HAS_SCORES:
+        s_w = tl.load(scores_ptr + first + pair).to(tl.float64)
+        s_l = tl.load(scores_ptr + total_pairs + first + pair).to(tl.float64)
+
+    # Rewards and their slopes ∂ρ/∂ℓ.
+    per_w, per_l = l_w * 0.0 + 1.0, l_l * 0.0 + 1.0
+    if NORMALIZED:
+        per_w, per_l = over_w, over_l
+    policy_w, policy_l = l_w * per_w, l_l * per_l
+    ratio_w, ratio_l = policy_w - ref_w * per_w, policy_l - ref_l * per_l
+    rho_w, rho_l, slope_w, slope_l = policy_w, policy_l, per_w, per_l
+    if USES_REFERENCE:
+        rho_w, rho_l = ratio_w, ratio_l
+    if LOG_ODDS:
+        rho_w, rho_l = policy_w - _log1m_exp(policy_w), policy_l - _log1m_exp(policy_l)
+        slope_w *= tl.where(policy_w <= _LOG_ODDS_MAX, tl.exp(-_log1m_exp(policy_w)), 1.0)
+        slope_l *= tl.where(policy_l <= _LOG_ODDS_MAX, tl.exp(-_log1m_exp(policy_l)), 1.0)
+
+    a_w, a_l = per_w * 0.0 + 1.0, per_l * 0.0 + 1.0
+    if HAS_BALANCE:
+        b_w, b_l = l_w, l_l
+        if BALANCE_OF_REWARD:
+            b_w, b_l = l_w - ref_w, l_l - ref_l
+        if BALANCE_PER_TOKEN:
+            b_w, b_l = b_w * over_w, b_l * over_l
+        if LOG_ODDS:
+            b_w, b_l = b_w + _log1m_exp(b_w), b_l + _log1m_exp(b_l)
+        delta = b_w - b_l
+        power_w, power_l = tl.load(numbers_ptr + 10), tl.load(numbers_ptr + 11)
+        clip = tl.load(numbers_ptr + 12)
+        a_w = tl.minimum(tl.maximum(tl.exp(power_w * delta), 1.0 / clip), clip)
+        a_l = tl.minimum(tl.maximum(tl.exp(-power_l * delta), 1.0 / clip), clip)
+        largest = tl.maximum(tl.abs(power_w), tl.abs(power_l)) * tl.abs(delta)
+        clipped = (largest > tl.log(clip)).to(tl.float64)
+
+    # The link and its derivative in m.
+    scale = tl.load(numbers_ptr)
+    m = scale * (a_w * rho_w - a_l * rho_l) + tl.load(numbers_ptr + 1)
+    m += tl.load(numbers_ptr + 2) * (tokens_w - tokens_l)
+    if LINK == 0:
+        f, df = _softplus(-m), -_sigmoid(-m)
+        if HAS_SMOOTHING:
+            noise = tl.load(numbers_ptr + 3)
+            f = (1.0 - noise) * f + noise * _softplus(m)
+            df = (1.0 - noise) * df + noise * _sigmoid(m)
+    elif LINK == 1:
+        f, df = tl.where(m >= 1, 0.0, 1.0 - m), tl.where(m >= 1, 0.0, -1.0)
+    else:
+        f, df = m * m, 2.0 * m
+
+    weight = tl.load(numbers_ptr + 4)
+    if HAS_QUALITY:
+        quality = _sigmoid(tl.load(numbers_ptr + 7) * (s_w - s_l))
+        weight *= quality
+    of_focus = weight * f * 0.0  # ∂L/∂u
+    if HAS_FOCUS:
+        gamma = tl.load(numbers_ptr + 8)
+        u = scale * (policy_w - policy_l) - tl.load(numbers_ptr + 9)
+        focus = tl.exp(-gamma * _softplus(u))
+        if not FOCUS_DETACHED:
+            of_focus = -weight * f * gamma * _sigmoid(u) * focus
+        weight *= focus
+    of_margin = weight * df * scale
+    loss = weight * f
+    coef_w = of_margin * a_w * slope_w + of_focus * scale * per_w
+    coef_l = -of_margin * a_l * slope_l - of_focus * scale * per_l
+    nll = loss * 0.0
+    if HAS_NLL:
+        nll = tl.load(numbers_ptr + 5)
+        if NLL_GATED:
+            applies = (ratio_w < 0) & (s_w >= tl.load(numbers_ptr + 6))
+            nll = tl.where(applies, nll, 0.0)
+        per_nll = l_w * 0.0 + 1.0
+        if NLL_NORMALIZED:
+            per_nll = over_w
+        loss -= nll * l_w * per_nll
+        coef_w -= nll * per_nll
+
+    tl.store(sums_ptr + 2 * pair, l_w)
+    tl.store(sums_ptr + 2 * pair + 1, l_l)
+    tl.store(losses_ptr + pair, tl.where(counts, loss, 0.0))
+    coef_w, coef_l = tl.where(counts, coef_w, 0.0), tl.where(counts, coef_l, 0.0)
+    _spread(coef_ptr, weights_ptr, coef_w / divisor, start, middle, HAS_WEIGHTS, BLOCK)
+    _spread(coef_ptr, weights_ptr, coef_l / divisor, middle, stop, HAS_WEIGHTS, BLOCK)
+
+    reward_scale = tl.load(numbers_ptr + 13)
+    reward_w, reward_l = reward_scale * (l_w - ref_w), reward_scale * (l_l - ref_l)
+    accurate = (reward_w > reward_l).to(tl.float64)
+    out_ptr = metrics_ptr + pair
+    tl.store(out_ptr, tl.where(counts, reward_w, 0.0))
+    tl.store(out_ptr + pairs, tl.where(counts, reward_l, 0.0))
+    tl.store(out_ptr + 2 * pairs, tl.where(counts, reward_w - reward_l, 0.0))
+    tl.store(out_ptr + 3 * pairs, tl.where(counts, accurate, 0.0))
+    tl.store(out_ptr + 4 * pairs, tl.where(counts, l_w, 0.0))
+    tl.store(out_ptr + 5 * pairs, tl.where(counts, l_l, 0.0))
+    if HAS_QUALITY:
+        tl.store(out_ptr + 6 * pairs, tl.where(counts, quality, 0.0))
+    if HAS_FOCUS:
+        tl.store(out_ptr + 7 * pairs, tl.where(counts, focus, 0.0))
+    tl.store(out_ptr + 8 * pairs, tl.where(counts, nll, 0.0))
+    if HAS_BALANCE:
+        tl.store(out_ptr + 9 * pairs, tl.where(counts, a_w, 0.0))
+        tl.store(out_ptr + 10 * pairs, tl.where(counts, a_l, 0.0))
+        tl.store(out_ptr + 11 * pairs, tl.where(counts, clipped, 0.0))
+
+
+def weigh_pairs(
+    logps: Tensor,  # (n,) tokens of the pairs `first:last`
+    offsets: Tensor,  # (2B + 1,) of all responses
+    ref_logps: Tensor | None,  # (2, B)
+    scores: Tensor | None,  # (2, B)
+    token_weights: Tensor | None,  # (n,)
+    numbers: list[float],  # of `numbers_of`
+    flags: list[int],  # of `flags_of`
+    first: int,
+    last: int,
+    divisor: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums `(2·pairs,)`, losses `(pairs,)`, coefficients `(n,)`, metrics `(12, pairs)`."""
+    pairs = last - first
+    sums, losses = logps.new_empty(2 * pairs), logps.new_empty(pairs)
+    coef, metrics = torch.empty_like(logps), logps.new_empty(len(METRICS), pairs)
+    if pairs:
+        pair_weighting_kernel[(pairs,)](
+            logps,
+            logps if token_weights is None else token_weights,
+            offsets,
+            logps if ref_logps is None else ref_logps.contiguous(),
+            logps if scores is None else scores.contiguous(),
+            _numbers(tuple(numbers), logps.device),
+            sums,
+            losses,
+            coef,
+            metrics,
+            pairs,
+            first,
+            (len(offsets) - 1) // 2,
+            divisor,
+            *flags,
+            HAS_REFERENCE=ref_logps is not None,
+            HAS_SCORES=scores is not None,
+            HAS_WEIGHTS=token_weights is not None,
+            BLOCK=BLOCK_TOKENS,
+            num_warps=4,
+        )
+    return sums, losses, coef, metrics
+
+
+def numbers_of(formula: Formula) -> tuple[float, ...]:
+    """The formula's numbers in the order in which the kernel reads them."""
+    gamma, tau = formula.focus or (0.0, 0.0)
+    balance = formula.balance
+    return (
+        formula.scale,
+        formula.shift,
+        formula.length_weight,
+        formula.label_smoothing,
+        formula.weight,
+        formula.nll_weight,
+        formula.nll_least_score or 0.0,
+        formula.quality or 0.0,
+        gamma,
+        tau,
+        *(
+            (0.0, 0.0, 1.0)
+            if balance is None
+            else (balance.chosen_exponent, balance.rejected_exponent, balance.clip)
+        ),
+        formula.reward_scale,
+    )
+
+
+def flags_of(formula: Formula) -> dict[str, Any]:
+    """The formula's choices in the kernel's order: one set for each kind of objective."""
+    balance = formula.balance
+    return {
+        "LINK": LINKS.index(formula.link),
+        "HAS_SMOOTHING": formula.label_smoothing != 0,
+        "USES_REFERENCE": formula.uses_reference,
+        "NORMALIZED": formula.normalized,
+        "LOG_ODDS": formula.log_odds,
+        "HAS_NLL": formula.nll_weight != 0,
+        "NLL_NORMALIZED": formula.nll_normalized,
+        "NLL_GATED": formula.nll_least_score is not None,
+        "HAS_QUALITY": formula.quality is not None,
+        "HAS_FOCUS": formula.focus is not None,
+        "FOCUS_DETACHED": formula.focus_detached,
+        "HAS_BALANCE": balance is not None,
+        "BALANCE_OF_REWARD": balance is not None and balance.source == "implicit_reward",
+        "BALANCE_PER_TOKEN": balance is not None and balance.per_token,
+    }
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """On the device once for each objective: a copy at every step would make the host wait."""
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
