@@ -257,36 +257,49 @@ def _result_table(before: dict[str, float], after: dict[str, float], eval_name: 
 
 
 def draw_curves(history: list[dict[str, float]], path: Path, *, title: str) -> None:
-    """Loss, reward margin with accuracy, and log-probabilities over the steps, as a PNG."""
+    """Loss, reward margin with accuracy, and log-probabilities over the steps, as a PNG.
+
+    A batch is small and its pairs differ: steps are drawn thin, means over a tenth of the run bold.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     steps = [entry["step"] for entry in history]
+    window = max(1, len(steps) // 10)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
-    for panel, heading, curves in (
-        (panels[0], "loss", (("loss", "loss"),)),
-        (
-            panels[1],
-            "reward",
-            (("margin", "rewards/margins"), ("accuracy", "rewards/accuracies")),
-        ),
-        (
-            panels[2],
-            "log-probability of a response (nats)",
-            (("chosen", "logps/chosen"), ("rejected", "logps/rejected")),
-        ),
+    accuracy = panels[1].twinx()
+    for panel, name, label, colour in (
+        (panels[0], "loss", "loss", "tab:blue"),
+        (panels[1], "rewards/margins", "margin", "tab:blue"),
+        (accuracy, "rewards/accuracies", "accuracy (right)", "tab:green"),
+        (panels[2], "logps/chosen", "chosen", "tab:blue"),
+        (panels[2], "logps/rejected", "rejected", "tab:orange"),
     ):
-        for label, name in curves:
-            panel.plot(steps, [entry[name] for entry in history], label=label, linewidth=1.4)
+        values = [entry[name] for entry in history]
+        panel.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
+        panel.plot(steps, _running_mean(values, window), color=colour, label=label, linewidth=2)
+    for panel, heading in (
+        (panels[0], "loss"),
+        (panels[1], "reward"),
+        (panels[2], "log-probability of a response (nats)"),
+    ):
         panel.set_title(heading)
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
-        if len(curves) > 1:
-            panel.legend()
+    accuracy.set_ylim(0, 1.05)
+    lines = panels[1].get_legend_handles_labels()[0] + accuracy.get_legend_handles_labels()[0]
+    accuracy.legend(handles=lines)
+    panels[2].legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+def _running_mean(values: list[float], window: int) -> list[float]:
+    """Over the last `window` values, fewer at the start."""
+    parts = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
 
 
 def _parameters(model: Any) -> str:

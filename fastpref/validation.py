@@ -107,7 +107,7 @@ def check_sequences(
         total = len(hidden)
         ends = cu_seqlens[-1] == total
         _require(ends, f"cu_seqlens must end at the total of {total} rows of hidden", cu_seqlens)
-        _require((cu_seqlens.diff() >= 0).all(), "cu_seqlens must not decrease", cu_seqlens)
+        _require((cu_seqlens.diff() > 0).all(), "cu_seqlens must increase", cu_seqlens)
         sequences = len(cu_seqlens) - 1
     if paired and (sequences == 0 or sequences % 2):
         raise ValueError(

@@ -1,6 +1,7 @@
 """The benchmark's own honesty: same inputs, same result, plain reports, right predictions."""
 
 import copy
+import dataclasses
 import json
 import statistics
 
@@ -119,7 +120,8 @@ def test_predicted_memory_is_what_is_measured(workload, name):
 
 @pytest.fixture
 def results(tiny):
-    suite = report.Suite((tiny,), 2, 1, (), False, (tiny,), 1, 0)
+    in_bf16 = dataclasses.replace(tiny, dtype="bfloat16")
+    suite = report.Suite((tiny,), 2, 1, (), False, (in_bf16,), 1, 0)
     names = ["naive", "TRL 1.16 chunked", "CCE", *OURS]
 
     class Silent:

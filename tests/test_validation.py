@@ -72,7 +72,8 @@ CASES = {
     "bias dtype": (good(bias=torch.randn(V).double()), "bias must have weight's dtype"),
     "cu start": (packed([1, 5, 10, 15, 20]), "cu_seqlens must start at 0"),
     "cu end": (packed([0, 5, 10, 15, 19]), "cu_seqlens must end at the total of 20"),
-    "cu decreases": (packed([0, 10, 5, 15, 20]), "cu_seqlens must not decrease"),
+    "cu decreases": (packed([0, 10, 5, 15, 20]), "cu_seqlens must increase"),
+    "cu stands still": (packed([0, 5, 5, 15, 20]), "cu_seqlens must increase"),
     "cu float": (packed([0.0, 20.0]), "cu_seqlens must be integers"),
     "cu with 3d": (good(cu_seqlens=torch.tensor([0, 20])), r"hidden must be \(total, H\)"),
     "token weights": (good(token_weights=torch.ones(4)), "token_weights must have targets' shape"),
@@ -120,7 +121,7 @@ def test_bad_input(case):
 
 def test_good_input_is_good():
     assert preference_loss(**good()).loss.isfinite()
-    assert preference_loss(**packed([0, 5, 5, 15, 20])).loss.isfinite()
+    assert preference_loss(**packed([0, 5, 6, 15, 20])).loss.isfinite()
 
 
 def test_a_backend_that_cannot_run_is_an_error():

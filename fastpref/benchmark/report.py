@@ -288,7 +288,8 @@ def _bar_chart(results: dict[str, Any], directory: Path) -> Path:
         panel.bar_label(bars, [label.format(values[name]) for name in names], padding=3)
         panel.set_title(title, fontsize=10)
         panel.margins(x=0.18)
-    panels[2].set_xscale("log")
+    if error:
+        panels[2].set_xscale("log")
     hardware = results["environment"]["hardware"]
     figure.suptitle(f"{workload}  ·  {hardware}", fontsize=11)
     return _save(figure, directory / "peers.png")
