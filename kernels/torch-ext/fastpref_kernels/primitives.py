@@ -7,6 +7,10 @@ and one where a maximum moves. Shapes: n rows, v columns of the vocabulary.
 import triton
 import triton.language as tl
 
+from .configs import INTERPRETED
+
+_CUTS_BF16_OFF = tl.constexpr(INTERPRETED)
+
 
 @triton.jit
 def tanh(x):
@@ -44,6 +48,15 @@ def head_epilogue(
 def finite(x):
     """Without −inf, so that its product with a probability of 0 is 0."""
     return tl.maximum(x, -3.0e38)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """`x` in `dtype`, to the nearest; the interpreter would cut fp32 off to make it bf16."""
+    if _CUTS_BF16_OFF and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit

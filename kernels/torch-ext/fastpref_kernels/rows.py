@@ -19,6 +19,7 @@ from .primitives import (
     head_epilogue,
     online_argmax_update,
     online_softmax_update,
+    rounded,
     store_statistics,
 )
 
@@ -139,7 +140,7 @@ def row_gradients_kernel(
         # A narrower row overwrites the beginning of its own wider one: all threads have read the
         # tile before any writes, and no tile is written beyond what has been read.
         tl.debug_barrier()
-        tl.store(grad_line_ptr + column[None, :], grad.to(grad_ptr.dtype.element_ty), within)
+        tl.store(grad_line_ptr + column[None, :], rounded(grad, grad_ptr.dtype.element_ty), within)
 
 
 def row_statistics(

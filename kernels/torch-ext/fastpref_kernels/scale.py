@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .primitives import rounded
+
 BLOCK_ELEMENTS = 4096
 _PROGRAMS = 1024  # enough to fill a device, few enough to cost nothing when there is no work
 
@@ -24,7 +26,7 @@ def scale_kernel(
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         where = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         grad = tl.load(grad_ptr + where, where < elements, other=0.0) * upstream
-        tl.store(out_ptr + where, grad.to(out_ptr.dtype.element_ty), where < elements)
+        tl.store(out_ptr + where, rounded(grad, out_ptr.dtype.element_ty), where < elements)
 
 
 def scale_into(
