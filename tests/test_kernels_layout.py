@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fastpref_kernels
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kernels" / "torch-ext" / "fastpref_kernels"
@@ -47,6 +48,16 @@ def test_its_import_name_needs_no_path():
     assert Path(fastpref_kernels.__file__).parent == PACKAGE
     for name in fastpref_kernels.__all__:
         assert hasattr(fastpref_kernels, name)
+
+
+def test_where_the_kernels_cannot_run_they_say_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "'mps'" in fastpref_kernels.unavailable_reason("mps")
+    assert "TRITON_INTERPRET" in fastpref_kernels.unavailable_reason("cpu")
+    if not torch.cuda.is_available():
+        assert "no 'cuda' device" in fastpref_kernels.unavailable_reason("cuda")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert fastpref_kernels.unavailable_reason("cpu") is None
 
 
 def test_only_relative_imports_torch_triton_and_the_standard_library():

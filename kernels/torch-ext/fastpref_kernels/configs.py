@@ -10,6 +10,7 @@ environment variable tries one without changing it:
 
 import functools
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -101,6 +102,13 @@ _PROJECTION_INTERPRETED = ProjectionConfig(16, 64, 32, 1, 1)
 _ROWS = RowsConfig(1, 4096, 8)
 # The interpreter costs the same for a large block as for a small one.
 _ROWS_INTERPRETED = RowsConfig(16, 256, 1)
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager:
+    """Launches go to this tensor's device, whichever is the current one."""
+    if tensor.device.type == "cpu":
+        return nullcontext()
+    return getattr(torch, tensor.device.type).device(tensor.device)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import INTERPRETED, Epilogue, architecture, projection_config
+from .configs import INTERPRETED, Epilogue, ProjectionConfig, architecture, projection_config
 from .primitives import (
     head_epilogue,
     online_argmax_update,
@@ -279,7 +279,17 @@ def _weight_slices(weight: Tensor, dtype: torch.dtype, block: int) -> list[tuple
 
 
 def _project(
-    hidden, weight, epilogue, targets, index, target_z, partials, best, first, config, stats
+    hidden: Tensor,  # (n, H), or (M, H) with an index
+    weight: Tensor,  # (columns, H) of the vocabulary from `first` on
+    epilogue: Epilogue,
+    targets: Tensor,  # (n,)
+    index: Tensor | None,  # (n,)
+    target_z: Tensor,  # (n,) out, where the target is among these columns
+    partials: Tensor,  # (values, tiles, n) out, the tiles of these columns
+    best: Tensor,  # (tiles, n) out
+    first: int,
+    config: ProjectionConfig,
+    stats: list[str],
 ) -> None:
     hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
     rows, columns = len(targets), len(weight)

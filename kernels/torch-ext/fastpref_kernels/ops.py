@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import forward, pairs, rows, scale
-from .configs import Epilogue
+from .configs import Epilogue, device_of
 from .pairs import Formula
 
 # Its own for each copy of this package that a process has loaded.
@@ -52,11 +52,11 @@ def projection_op(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     epilogue = Epilogue(bias, logit_scale, softcap, temperature)
-    return _flat(
-        forward.projection_statistics(
+    with device_of(hidden):
+        found = forward.projection_statistics(
             hidden, weight, targets, epilogue, stats.split(), index, dtype
         )
-    )
+    return _flat(found)
 
 
 @projection_op.register_fake
@@ -89,7 +89,9 @@ def row_statistics_op(
     stats: str,  # names with spaces between
 ) -> list[Tensor]:
     epilogue = Epilogue(bias, logit_scale, softcap, temperature)
-    return _flat(rows.row_statistics(products, targets, epilogue, stats.split()))
+    with device_of(products):
+        found = rows.row_statistics(products, targets, epilogue, stats.split())
+    return _flat(found)
 
 
 @row_statistics_op.register_fake
@@ -136,7 +138,8 @@ def row_gradients_op(
 ) -> None:
     epilogue = Epilogue(bias, logit_scale, softcap, temperature)
     entropy = None if entropies is None else (entropies, entropy_coefs)
-    rows.row_gradients_(products, targets, lse, coef, epilogue, dtype, first, entropy)
+    with device_of(products):
+        rows.row_gradients_(products, targets, lse, coef, epilogue, dtype, first, entropy)
 
 
 @row_gradients_op.register_fake
@@ -195,11 +198,11 @@ def weigh_pairs_op(
     last: int,
     divisor: int,
 ) -> list[Tensor]:
-    return list(
-        pairs.weigh_pairs(
+    with device_of(logps):
+        found = pairs.weigh_pairs(
             logps, offsets, ref_logps, scores, token_weights, numbers, flags, first, last, divisor
         )
-    )
+    return list(found)
 
 
 @weigh_pairs_op.register_fake
@@ -225,7 +228,8 @@ def scaled(
 
 @custom_op(f"{_NAMESPACE}::scale_", mutates_args={"grad"})
 def scale_op(grad: Tensor, upstream: Tensor) -> None:
-    scale.scale_into(grad, grad, upstream)
+    with device_of(grad):
+        scale.scale_into(grad, grad, upstream)
 
 
 @scale_op.register_fake
@@ -236,7 +240,8 @@ def _(grad, upstream):
 @custom_op(f"{_NAMESPACE}::scaled", mutates_args=())
 def scaled_op(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty_like(grad, dtype=dtype)
-    scale.scale_into(out, grad, upstream)
+    with device_of(grad):
+        scale.scale_into(out, grad, upstream)
     return out
 
 
