@@ -36,6 +36,17 @@ DEFAULTS = {
     "report_to": [],
     "disable_tqdm": True,
 }
+TINY = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
 CPU = {"use_cpu": True, "report_to": []}
 
 
@@ -137,18 +148,10 @@ def test_two_steps_in_bf16(tiny_llama, pairs, tmp_path):
 def test_softcap_of_a_gemma(tmp_path, tiny_llama, pairs):
     torch.manual_seed(0)
     config = Gemma2Config(
-        vocab_size=101,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **TINY,
         head_dim=8,
         final_logit_softcapping=2.0,
         initializer_range=0.5,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
     )
     model = save_model(Gemma2ForCausalLM(config), tiny_llama, tmp_path / "gemma")
     ours, theirs = (
@@ -160,18 +163,10 @@ def test_softcap_of_a_gemma(tmp_path, tiny_llama, pairs):
 def test_router_loss_of_a_mixture_of_experts(tmp_path, tiny_llama, pairs):
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=101,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **TINY,
         num_local_experts=4,
         output_router_logits=True,
         router_aux_loss_coef=0.1,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
     )
     model = save_model(MixtralForCausalLM(config), tiny_llama, tmp_path / "mixtral")
     ours, theirs = (

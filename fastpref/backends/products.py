@@ -1,13 +1,13 @@
-"""Operands of the large matrix products, and the dtype in which they are multiplied."""
+"""The large matrix products: their operands, their dtype, and gradients slice after slice."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from fastpref.backends import Head
+from fastpref.backends import Grads, Head
 
 # Rows of the weight converted at a time where the products do not take its dtype.
 _CONVERTED_ROWS = 4096
@@ -52,3 +52,45 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
+def sliced_gradients(
+    hidden: Tensor,  # (n, H)
+    head: Head,
+    tile: tuple[int, int],
+    wants: tuple[bool, bool, bool],  # hidden, weight, bias
+    gradient_of: Callable[[Tensor, Tensor, slice, int, Tensor], Tensor],
+) -> Grads:
+    """Gradients from logits computed once more, vocabulary slice after vocabulary slice.
+
+    `gradient_of(operand, weight, block, first, buffer)` computes the logits of the rows `block` in
+    `buffer` and returns their gradient, in the products' dtype. A slice's ∂W is one sum over all
+    rows, accumulated wide and written once.
+    """
+    rows, columns = tile
+    operand = as_operand(hidden, head)
+    grads = Grads(
+        operand.new_zeros(operand.shape, dtype=head.accumulate_dtype) if wants[0] else None,
+        torch.empty_like(head.weight) if wants[1] else None,
+        torch.empty_like(head.bias) if wants[2] else None,
+    )
+    buffer = hidden.new_empty(min(rows, len(hidden)), columns, dtype=head.accumulate_dtype)
+    for first, last, weight in weight_slices(head, columns):
+        if wants[1]:  # a slice of the gradient itself where it needs no conversion
+            grad_weight = grads.weight[first:last].to(buffer.dtype).zero_()
+        grad_bias = buffer.new_zeros(last - first)
+        for start in range(0, len(hidden), rows):
+            block = slice(start, start + rows)
+            held = buffer[: len(operand[block]), : last - first]
+            grad_logits = gradient_of(operand[block], weight, block, first, held)
+            if wants[2]:
+                grad_bias += grad_logits.sum(0, dtype=grad_bias.dtype)
+            if wants[1]:
+                add_product(grad_weight, grad_logits.T, operand[block])
+            if wants[0]:
+                add_product(grads.hidden[block], grad_logits, weight)
+        if wants[1]:
+            grads.weight[first:last] = grad_weight
+        if wants[2]:
+            grads.bias[first:last] = grad_bias
+    return grads

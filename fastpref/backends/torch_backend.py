@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from fastpref.backends import Grads, Head, RowStats
-from fastpref.backends.products import add_product, as_operand, product_dtype, weight_slices
+from fastpref.backends.products import (
+    add_product,
+    as_operand,
+    product_dtype,
+    sliced_gradients,
+    weight_slices,
+)
 
 # Autograd differentiates the objective, torch scales the gradients.
 weigh_pairs = scaled = None
@@ -137,51 +143,27 @@ def recompute_backward(
     tile: tuple[int, int],
     wants: tuple[bool, bool, bool],
 ) -> Grads:
-    rows, columns = tile
-    accumulate, dtype = head.accumulate_dtype, product_dtype(head)
-    operand = as_operand(hidden, head)
+    dtype = product_dtype(head)
     factor = (_slope(head) * coef)[:, None]
-    grads = Grads(
-        operand.new_zeros(operand.shape, dtype=accumulate) if wants[0] else None,
-        torch.empty_like(head.weight) if wants[1] else None,
-        torch.empty_like(head.bias) if wants[2] else None,
-    )
-    buffer = hidden.new_empty(min(rows, len(hidden)), columns, dtype=accumulate)
-    for first, last, weight in weight_slices(head, columns):
-        if wants[1]:  # a slice of the gradient itself where it needs no conversion
-            grad_weight = grads.weight[first:last].to(accumulate).zero_()
-        grad_bias = buffer.new_zeros(last - first)
-        for start in range(0, len(hidden), rows):
-            block = slice(start, start + rows)
-            z = buffer[: len(operand[block]), : last - first]
-            _project(operand[block], weight, head, first, last, out=z)
-            slope = _softcap_(z, head) if head.softcap is not None else None
-            z.sub_(lse[block, None])
-            spread = None
-            if entropy is not None:  # ∂H/∂z = −p (log p + H)
-                of_row, its_coef = entropy[0][block, None], _slope(head) * entropy[1][block, None]
-                spread = (z + of_row).mul_(its_coef)
+
+    def gradient_of(operand: Tensor, weight: Tensor, block: slice, first: int, z: Tensor) -> Tensor:
+        _project(operand, weight, head, first, first + len(weight), out=z)
+        slope = _softcap_(z, head) if head.softcap is not None else None
+        z.sub_(lse[block, None])
+        if entropy is not None:  # ∂H/∂z = −p (log p + H)
+            of_row, its_coef = entropy[0][block, None], _slope(head) * entropy[1][block, None]
+            spread = (z + of_row).mul_(its_coef).add_(factor[block])
+            z.exp_().mul_(spread).neg_()
+            _add_at_targets(z, targets[block], first, factor[block])
+        else:
             z.exp_()
-            if spread is not None:
-                z.mul_(spread.add_(factor[block])).neg_()
-                _add_at_targets(z, targets[block], first, factor[block])
-            else:
-                _add_at_targets(z, targets[block], first, z.new_full((len(z), 1), -1))
-                z.mul_(-factor[block])
-            if slope is not None:
-                z.mul_(slope)
-            if wants[2]:
-                grad_bias += z.sum(0)
-            z = z.to(dtype)
-            if wants[1]:
-                add_product(grad_weight, z.T, operand[block])
-            if wants[0]:
-                add_product(grads.hidden[block], z, weight)
-        if wants[1]:
-            grads.weight[first:last] = grad_weight
-        if wants[2]:
-            grads.bias[first:last] = grad_bias
-    return grads
+            _add_at_targets(z, targets[block], first, z.new_full((len(z), 1), -1))
+            z.mul_(-factor[block])
+        if slope is not None:
+            z.mul_(slope)
+        return z.to(dtype)
+
+    return sliced_gradients(hidden, head, tile, wants, gradient_of)
 
 
 class _Fold:

@@ -13,7 +13,13 @@ from fastpref_kernels import Epilogue
 from torch import Tensor
 
 from fastpref.backends import Grads, Head, RowStats, Weighed
-from fastpref.backends.products import add_product, as_operand, product_dtype, weight_slices
+from fastpref.backends.products import (
+    add_product,
+    as_operand,
+    product_dtype,
+    sliced_gradients,
+    weight_slices,
+)
 from fastpref.objectives import PairFormula
 
 scaled = kernels.scaled
@@ -78,39 +84,19 @@ def recompute_backward(
     tile: tuple[int, int],
     wants: tuple[bool, bool, bool],
 ) -> Grads:
-    rows, columns = tile
     dtype, epilogue = product_dtype(head), _epilogue(head)
-    operand = as_operand(hidden, head)
-    grads = Grads(
-        operand.new_zeros(operand.shape, dtype=head.accumulate_dtype) if wants[0] else None,
-        torch.empty_like(head.weight) if wants[1] else None,
-        torch.empty_like(head.bias) if wants[2] else None,
-    )
-    buffer = hidden.new_empty(min(rows, len(hidden)), columns, dtype=head.accumulate_dtype)
-    for first, last, weight in weight_slices(head, columns):
-        if wants[1]:  # a slice of the gradient itself where it needs no conversion
-            grad_weight = grads.weight[first:last].to(buffer.dtype).zero_()
-        grad_bias = buffer.new_zeros(last - first)
-        of_columns = epilogue.sliced(first, last)
-        for start in range(0, len(hidden), rows):
-            block = slice(start, start + rows)
-            products = buffer[: len(operand[block]), : last - first]
-            _product(operand[block], weight.T, out=products)
-            grad_logits = kernels.row_gradients_(
-                products, targets[block], lse[block], coef[block], of_columns, dtype, first,
-                None if entropy is None else (entropy[0][block], entropy[1][block]),
-            )  # fmt: skip
-            if wants[2]:
-                grad_bias += grad_logits.sum(0, dtype=grad_bias.dtype)
-            if wants[1]:
-                add_product(grad_weight, grad_logits.T, operand[block])
-            if wants[0]:
-                add_product(grads.hidden[block], grad_logits, weight)
-        if wants[1]:
-            grads.weight[first:last] = grad_weight
-        if wants[2]:
-            grads.bias[first:last] = grad_bias
-    return grads
+
+    def gradient_of(
+        operand: Tensor, weight: Tensor, block: slice, first: int, products: Tensor
+    ) -> Tensor:
+        _product(operand, weight.T, out=products)
+        of_entropy = None if entropy is None else (entropy[0][block], entropy[1][block])
+        of_columns = epilogue.sliced(first, first + len(weight))
+        return kernels.row_gradients_(
+            products, targets[block], lse[block], coef[block], of_columns, dtype, first, of_entropy
+        )
+
+    return sliced_gradients(hidden, head, tile, wants, gradient_of)
 
 
 def weigh_pairs(
