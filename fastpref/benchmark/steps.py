@@ -55,6 +55,7 @@ def make_step(kind: str, model_directory: str, lora: bool) -> Callable[[], None]
         processing_class=AutoTokenizer.from_pretrained(model_directory),
         peft_config=peft_config,
     )
+    trainer.current_gradient_accumulation_steps = 1  # what `train` sets before its first step
     batch = _batch(trainer)
     model = trainer.model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
