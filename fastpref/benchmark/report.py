@@ -334,12 +334,14 @@ def _save(figure: Any, path: Path) -> Path:
 
 def markdown_tables(results: dict[str, Any]) -> dict[str, str]:
     """Tables of a run by name, as the README shows them between `<!-- name -->` markers."""
-    return {
+    tables = {
         "speed": _markdown_speed(results),
         "accuracy": _markdown_accuracy(results),
         "pairs": _markdown_pairs(results),
-        "training": _markdown_training(results),
     }
+    if results["training"]:
+        tables["training"] = _markdown_training(results)
+    return tables
 
 
 def insert_tables(text: str, tables: dict[str, str]) -> str:
