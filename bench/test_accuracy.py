@@ -6,7 +6,7 @@ import pytest
 
 from fastpref.benchmark.measure import accuracy
 from fastpref.benchmark.peers import PEERS
-from fastpref.benchmark.report import CPU_QUICK
+from fastpref.benchmark.suite import CPU_QUICK
 from fastpref.benchmark.workloads import make_inputs
 
 

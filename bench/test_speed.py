@@ -4,7 +4,7 @@ import pytest
 
 from fastpref.benchmark.measure import BASELINE, time_peers
 from fastpref.benchmark.peers import PEERS
-from fastpref.benchmark.report import CPU_SPEED, GPU_SPEED
+from fastpref.benchmark.suite import CPU_SPEED, GPU_SPEED
 from fastpref.benchmark.workloads import make_inputs
 from fastpref.cli import default_device
 
@@ -47,7 +47,7 @@ def test_targets_on_a_cpu(benchmark, schedule, device):
     def measure():
         return time_peers(workload, [BASELINE, name], rounds=3, device=device)
 
-    entries = benchmark.pedantic(measure, rounds=1)
+    entries, _ = benchmark.pedantic(measure, rounds=1)
     ratio = next(
         entry["ratio"]["median"]
         for entry in entries

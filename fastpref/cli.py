@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, track
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, track
 from rich.table import Table
 
 from fastpref.backends import BACKENDS
@@ -238,7 +238,7 @@ def bench_command(
     Ratios are medians of interleaved rounds with the middle half in brackets. With --compare the
     exit status is 1 if anything of fastpref got worse beyond the spread of both runs.
     """
-    from fastpref.benchmark import report
+    from fastpref.benchmark import charts, report, suite
     from fastpref.benchmark.peers import PEERS
 
     names = [n for n in PEERS if not peers or any(p.lower() in n.lower() for p in peers)]
@@ -249,13 +249,15 @@ def bench_command(
         _fail(f"unknown workload {sorted(unknown)}; expected some of {list(HEADS)}")
     old = json.loads(compare.read_text()) if compare else None
     device = device or default_device()
-    suite = report.suite_for(device, quick=quick, heads=workload)
+    planned = suite.suite_for(device, quick=quick, heads=workload)
     directory = None if model is None else str(model)
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console) as progress:
-        results = report.run_suite(suite, names, device, directory, progress)
+    save = {} if out is None else {"save": lambda results: charts.write_results(results, out)}
+    columns = (BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as progress:
+        results = suite.run_suite(planned, names, device, directory, progress, **save)
     report.print_report(results, console)
     if out is not None:
-        for path in report.write_report(results, out):
+        for path in (out / "bench.json", *charts.write_charts(results, out)):
             console.print(f"wrote {path}", soft_wrap=True)
     if old is not None:
         worse = report.regressions(results, old)

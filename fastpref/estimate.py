@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastpref.planner import Problem, make_plan, naive_bytes
+from fastpref.planner import Problem, make_plan, naive_bytes, workspace_bytes
 
 TRL_ROWS, TRL_COLUMNS = 4096, 32768
 
@@ -163,13 +163,15 @@ def _naive(problem: Problem) -> Estimate:
 def _trl(problem: Problem) -> Estimate:
     """TRL 1.16: a tile of logits, float32 gradients, one recomputation.
 
-    On a CPU its fold and gradient are torch expressions over the tile: nine of them at once.
+    On a CPU it projects every position, and its fold and gradient are torch expressions over the
+    tile: nine of them at once.
     """
     products = 2 + problem.hidden_grad + problem.head_grad
     wide, narrow = problem.element_bytes, problem.dtype.itemsize
     elements = sum(_gradient_elements(problem))
-    tile = min(problem.rows, TRL_ROWS) * TRL_COLUMNS
-    tile_bytes = 9 * tile * wide if problem.device == "cpu" else tile * narrow
+    on_cpu = problem.device == "cpu"
+    tile = min(problem.total_rows if on_cpu else problem.rows, TRL_ROWS) * TRL_COLUMNS
+    tile_bytes = 9 * tile * wide if on_cpu else tile * narrow
     accumulators = elements * (wide + (narrow if narrow != wide else 0))
     moved = (4 * narrow + 6) * problem.rows * problem.vocabulary + _operands(problem, products)
     extra = tile_bytes + accumulators
@@ -177,11 +179,12 @@ def _trl(problem: Problem) -> Estimate:
 
 
 def _liger(problem: Problem) -> Estimate:
-    """Liger 0.8.5 DPO: pair by pair, with the head's gradient of a pair beside their sum."""
+    """Liger 0.8.5 DPO: pair by padded pair, with the gradient of one beside their sum."""
     products = 1 + problem.hidden_grad + problem.head_grad
     of_hidden, of_head = _gradient_elements(problem)
     narrow = problem.dtype.itemsize
-    of_pair = max(sum(problem.counts[i : i + 2]) for i in range(0, len(problem.counts), 2))
+    of_pair = 2 * problem.total_rows // len(problem.counts)
     extra = (of_hidden + 2 * of_head) * narrow + 3 * of_pair * problem.row_bytes
+    extra += workspace_bytes(problem, of_pair, problem.vocabulary)
     moved = 40 * problem.rows * problem.vocabulary + _operands(problem, products)
     return Estimate("Liger DPO", products, products * _product(problem), extra, moved)

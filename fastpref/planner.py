@@ -12,7 +12,9 @@ advance what a batch would need. U is one matrix product, 2·N·H·V FLOP for N 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -146,7 +148,9 @@ def make_plan(
         held = max(b - a for a, b in groups)
     elif chosen == "pair_groups":
         groups = _pair_ranges(problem.counts, group_rows)
-        held = min(group_rows, max(sum(problem.counts[2 * a : 2 * b]) for a, b in groups))
+        rows_of = [sum(problem.counts[2 * a : 2 * b]) for a, b in groups]
+        # A pair beyond the budget goes through in even pieces.
+        held = max(b - a for rows in rows_of for a, b in even_ranges(rows, group_rows))
     else:
         held = 0
     tile = _tile(problem, budget)
@@ -253,16 +257,13 @@ def _extra_bytes(problem: Problem, schedule: str, held: int, tile: tuple[int, in
     whole = problem.total_rows * problem.hidden_size * problem.hidden_grad
     head = problem.vocabulary * problem.hidden_size * problem.head_grad
     if schedule in ("forward", "recompute"):
-        tile_bytes = tile[0] * tile[1] * wide
-        if problem.device == "cpu":  # the C allocator keeps what it freed of one tile
-            tile_bytes *= 2
-        tile_bytes += _workspace(problem, *tile)
+        tile_bytes = tile[0] * tile[1] * wide + workspace_bytes(problem, *tile)
         if schedule == "forward":
             return tile_bytes + rows * narrow
         # Compacted rows, their conversion, their gradient; afterwards that is laid out whole.
         running = tile_bytes + rows * (narrow + wide * converts + wide * problem.hidden_grad)
         return max(running, rows * wide + whole * narrow) + head * narrow
-    logits = held * problem.row_bytes + _workspace(problem, held, problem.vocabulary)
+    logits = held * problem.row_bytes + workspace_bytes(problem, held, problem.vocabulary)
     if schedule == "frozen_head":  # compacted rows, and the gradient kept of each
         return max(logits + rows * (narrow + wide), 2 * rows * wide + whole * narrow)
     of_group = 3 * held * problem.hidden_size * wide
@@ -271,18 +272,32 @@ def _extra_bytes(problem: Problem, schedule: str, held: int, tile: tuple[int, in
 
 
 def naive_bytes(problem: Problem) -> int:
-    """Of materialised logits: log-softmax, its gradient and the gather's, all N × V in float32."""
-    workspace = _workspace(problem, problem.total_rows, problem.vocabulary)
-    return 3 * problem.total_rows * problem.row_bytes + workspace
+    """Of materialised logits, all positions in float32.
+
+    First log-softmax, its gradient and the gather's; then the logits' gradient and its products.
+    """
+    logits = problem.total_rows * problem.row_bytes
+    elements = problem.total_rows * problem.hidden_grad + problem.vocabulary * problem.head_grad
+    grads = elements * problem.hidden_size * problem.dtype.itemsize
+    workspace = workspace_bytes(problem, problem.total_rows, problem.vocabulary)
+    return max(3 * logits, logits + grads) + workspace
 
 
-def _workspace(problem: Problem, rows: int, columns: int) -> int:
+def workspace_bytes(problem: Problem, rows: int, columns: int) -> int:
     """What libraries allocate for a product of `rows` × `columns`, and at first use.
 
-    cuBLAS keeps 32 MiB. On the CPU it is what MKL was measured to take for packed operands, and
-    some MiB of code and threads.
+    cuBLAS keeps 32 MiB. On a CPU it is what MKL was measured to take for packed operands, and some
+    MiB of code and threads: on Intel's it packs whole panels, on others blocks.
     """
     if problem.device != "cpu":
         return 32 * MIB
+    if not _is_intel():
+        return min(rows, 384) * min(columns, 5120) * problem.element_bytes + 10 * MIB
     packed = max(128 * columns, min(rows, 384) * min(columns, 16384))
     return packed * problem.element_bytes + 12 * MIB
+
+
+@functools.cache
+def _is_intel() -> bool:
+    info = Path("/proc/cpuinfo")
+    return not info.exists() or "GenuineIntel" in info.read_text()

@@ -7,9 +7,10 @@ import statistics
 
 import pytest
 import torch
+from rich.progress import Progress
 from typer.testing import CliRunner
 
-from fastpref.benchmark import measure, report, workloads
+from fastpref.benchmark import charts, measure, report, suite, workloads
 from fastpref.benchmark.measure import accuracy, peak_memory, runnable, time_peers
 from fastpref.benchmark.peers import OURS, PEERS, Peer
 from fastpref.benchmark.workloads import LENGTHS, Workload, make_inputs
@@ -69,8 +70,9 @@ def test_every_peer_computes_the_same(workload, tiny):
     assert {"naive", "TRL 1.16 chunked"} <= set(names)
     assert len(set(names) & set(OURS)) == 2
     assert all(skipped.values())
-    timed = time_peers(workload, names, rounds=1, device="cpu")
+    timed, failed = time_peers(workload, QUICK_PEERS, rounds=1, device="cpu")
     assert {entry["peer"] for entry in timed} == set(names)
+    assert failed == skipped
     if inputs.cu_seqlens is None:
         for entry in accuracy(inputs, names, "random"):
             assert entry["loss"] <= 1e-5, entry
@@ -79,9 +81,14 @@ def test_every_peer_computes_the_same(workload, tiny):
 
 
 def test_a_peer_with_a_wrong_result_is_not_timed(tiny, monkeypatch):
-    monkeypatch.setitem(PEERS, "wrong", Peer(lambda inputs: lambda: inputs.hidden.sum()))
-    with pytest.raises(RuntimeError, match="wrong computes"):
-        time_peers(tiny, ["naive", "wrong"], rounds=1, device="cpu")
+    wrong = Peer(lambda inputs: lambda: inputs.hidden.sum())
+    monkeypatch.setitem(PEERS, "wrong", wrong)
+    timed, skipped = time_peers(tiny, ["naive", "wrong"], rounds=1, device="cpu")
+    assert {entry["peer"] for entry in timed} == {"naive"}
+    assert "expected" in skipped["wrong"]
+    monkeypatch.setitem(PEERS, "fastpref recompute", wrong)
+    with pytest.raises(RuntimeError, match="expected"):
+        time_peers(tiny, ["fastpref recompute"], rounds=1, device="cpu")
 
 
 def test_a_ratio_is_formed_within_its_round():
@@ -101,17 +108,8 @@ def test_a_ratio_is_formed_within_its_round():
 def test_predicted_memory_is_what_is_measured(workload, name):
     """Within a tenth of the growth of a fresh process."""
     measured = peak_memory(workload, name, "cpu", repeats=1)["bytes"]
-    problem = problem_for(
-        workload.hidden_size,
-        workload.vocabulary,
-        pairs=workload.pairs,
-        length=workload.length,
-        lora=workload.frozen,
-        device="cpu",
-        dtype=torch.float32,
-    )
     schedule = name.removeprefix("fastpref ").replace(" ", "_")
-    plan = make_plan(problem, pairs=True, schedule=schedule)
+    plan = make_plan(workload.problem("cpu"), pairs=True, schedule=schedule)
     assert plan.extra_bytes == pytest.approx(measured, rel=0.1)
 
 
@@ -119,26 +117,23 @@ def test_predicted_memory_is_what_is_measured(workload, name):
 
 
 @pytest.fixture
-def results(tiny):
+def results(tiny, monkeypatch):
+    """Of everything but training steps; memory is made up, to save a process a peer."""
+
+    def memory(workload, name, device, repeats):
+        return {"workload": workload.name, "peer": name, "bytes": 5e7, "low": 5e7, "high": 5e7}
+
+    monkeypatch.setattr(suite, "peak_memory", memory)
     in_bf16 = dataclasses.replace(tiny, dtype="bfloat16")
-    suite = report.Suite((tiny,), 2, 1, (), False, (in_bf16,), 1, 0)
+    sweeps = (suite.Sweep.of(tiny, "vocabulary", "entries", (101, 211)),)
+    planned = suite.Suite((tiny,), 2, 1, sweeps, False, (in_bf16,), 1, 0)
     names = ["naive", "TRL 1.16 chunked", "CCE", *OURS]
-
-    class Silent:
-        def add_task(self, *_, **__):
-            return 0
-
-        def update(self, *_, **__):
-            pass
-
-        def remove_task(self, _):
-            pass
-
-    found = report.run_suite(suite, names, "cpu", None, Silent(), memory=False)
-    for peer in ("naive", "TRL 1.16 chunked", *OURS):
-        found["memory"].append(
-            {"workload": tiny.name, "peer": peer, "bytes": 5e7, "low": 5e7, "high": 5e7}
+    saved = []
+    with Progress(disable=True) as progress:
+        found = suite.run_suite(
+            planned, names, "cpu", None, progress, lambda x: saved.append(len(x["speed"]))
         )
+    assert len(saved) == 4 and all(saved)  # a result file from the first part on
     return found
 
 
@@ -150,9 +145,11 @@ def test_report(results, tmp_path):
     text = console.export_text()
     assert "fastpref pair groups" in text
     assert "not run: CCE: needs a CUDA GPU" in text
-    paths = report.write_report(results, tmp_path)
-    assert json.loads(paths[0].read_text()) == results
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths[1:])
+    assert "against vocabulary" in text
+    assert json.loads(charts.write_results(results, tmp_path).read_text()) == results
+    pictures = charts.write_charts(results, tmp_path)
+    assert [path.name for path in pictures] == ["peers.png", "scaling.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures)
     assert results["environment"]["versions"]["torch"] == torch.__version__
 
 

@@ -57,7 +57,7 @@ def test_groups_hold_whole_pairs_within_the_budget():
     plan = make_plan(problem, pairs=True, budget=70 * problem.row_bytes)
     # The third pair is larger than the budget: alone, and projected twice.
     assert plan.groups == ((0, 2), (2, 3), (3, 5))
-    assert plan.group_rows == 70
+    assert plan.group_rows == 67  # 400 rows in even pieces
     again = 2 * 400 * problem.hidden_size * problem.vocabulary
     assert (
         plan.flop == 3 * 2 * sum(problem.counts) * problem.hidden_size * problem.vocabulary + again

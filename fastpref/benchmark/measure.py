@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastpref import reference
-from fastpref.benchmark.peers import PEERS, Loss, dpo_loss
+from fastpref.benchmark.peers import OURS, PEERS, Loss, dpo_loss
 from fastpref.benchmark.workloads import Inputs, Workload, make_inputs
 
 BASELINE = "naive"
@@ -44,23 +45,37 @@ def time_peers(
     *,
     rounds: int,
     device: str,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Seconds of a forward, and of forward + backward, of each peer on one workload.
 
-    Each peer's gradients are held against naive's before its time counts.
+    Returns:
+        Entries for the results' "speed", and why each other peer was not timed: it cannot run
+        here, failed, or computes something else than float64 does.
+
+    Raises:
+        RuntimeError: fastpref itself computes something else.
     """
     inputs = make_inputs(workload, device)
-    names, _ = runnable(names, inputs)
-    losses = {name: PEERS[name].prepare(inputs) for name in names}
-    _check_same_result(losses, inputs)
+    names, skipped = runnable(names, inputs)
+    losses: dict[str, Loss] = {}
+    with torch.no_grad():
+        expected = reference_loss(inputs, torch.float64).item()
+    for name in names:
+        try:
+            loss = PEERS[name].prepare(inputs)
+            _check_result(loss, inputs, expected)  # also compiles and warms up
+            losses[name] = loss
+        except Exception as failure:
+            if name in OURS:
+                raise
+            lines = str(failure).strip().splitlines() or [""]
+            skipped[name] = f"{type(failure).__name__}: {lines[0]}"
     seconds: dict[tuple[str, str], list[float]] = {}
     for _ in range(rounds):
-        for name in names:
+        for name, loss in losses.items():
             for phase, backward in (("forward", False), ("forward + backward", True)):
-                seconds.setdefault((name, phase), []).append(
-                    _seconds(losses[name], inputs, backward)
-                )
-    return [
+                seconds.setdefault((name, phase), []).append(_seconds(loss, inputs, backward))
+    entries = [
         {
             "workload": workload.name,
             "peer": name,
@@ -70,6 +85,7 @@ def time_peers(
         }
         for (name, phase), values in seconds.items()
     ]
+    return entries, skipped
 
 
 def _seconds(loss: Loss, inputs: Inputs, backward: bool) -> float:
@@ -94,15 +110,15 @@ def spread_of_ratios(values: list[float], baseline: list[float] | None) -> dict[
     return {"median": statistics.median(ratios), "low": low, "high": high}
 
 
-def _check_same_result(losses: dict[str, Loss], inputs: Inputs) -> None:
-    """Losses agree with float32 on the same inputs to what half-precision logits may lose."""
-    with torch.no_grad():
-        expected = reference_loss(inputs, torch.float32).item()
-        for name, loss in losses.items():
-            found = loss().item()
-            allowed = 1e-4 if inputs.hidden.dtype == torch.float32 else 5e-2
-            if not abs(found - expected) <= allowed * (1 + abs(expected)):
-                raise RuntimeError(f"{name} computes {found}, expected {expected}")
+def _check_result(loss: Loss, inputs: Inputs, expected: float) -> None:
+    """The loss is float64's, up to what float32 or half-precision logits may lose."""
+    value = loss()
+    value.backward()
+    _clear(inputs)
+    found = value.item()
+    allowed = 1e-4 if inputs.hidden.dtype == torch.float32 else 5e-2
+    if not abs(found - expected) <= allowed * (1 + abs(expected)):
+        raise RuntimeError(f"computes {found:.6g}, expected {expected:.6g}")
 
 
 def reference_loss(inputs: Inputs, dtype: torch.dtype) -> Tensor:
@@ -122,9 +138,10 @@ def reference_loss(inputs: Inputs, dtype: torch.dtype) -> Tensor:
 def peak_memory(workload: Workload, name: str, device: str, repeats: int = 2) -> dict[str, Any]:
     """Peak bytes beyond the inputs over three steps, gradients included: the median of repeats."""
     if device == "cpu":
-        found = [_in_fresh_process(workload, name) for _ in range(repeats)]
+        arguments = [dataclasses.asdict(workload), name]
+        found = [run_in_fresh_process(__spec__.name, arguments) for _ in range(repeats)]
     else:
-        found = [_device_peak(workload, name, device) for _ in range(repeats)]
+        found = [memory_growth(_make_step(workload, name, device), device) for _ in range(repeats)]
     return {
         "workload": workload.name,
         "peer": name,
@@ -134,11 +151,6 @@ def peak_memory(workload: Workload, name: str, device: str, repeats: int = 2) ->
     }
 
 
-def _in_fresh_process(workload: Workload, name: str) -> int:
-    fields = dataclasses.asdict(workload)
-    return run_in_fresh_process("fastpref.benchmark.measure", [fields, name])
-
-
 def run_in_fresh_process(module: str, arguments: list[Any]) -> int:
     """The number that `python -m module` prints last, for arguments and number of threads."""
     run = subprocess.run(
@@ -146,20 +158,29 @@ def run_in_fresh_process(module: str, arguments: list[Any]) -> int:
         capture_output=True,
         text=True,
         check=False,
+        # glibc would keep freed tiles for later, or not, as sizes fall: what is freed goes back.
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},
     )
     if run.returncode:
         raise RuntimeError(f"{module} {arguments}: {run.stderr.strip().splitlines()[-1]}")
     return int(run.stdout.split()[-1])
 
 
-def resident_growth(step: Callable[[], None]) -> int:
-    """Growth of the largest resident size of this process over three steps, bytes."""
+def memory_growth(step: Callable[[], None], device: str) -> int:
+    """Peak bytes of three steps beyond what is there: the GPU's allocator's, or resident ones."""
     gc.collect()
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    on_gpu = device != "cpu"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     for _ in range(MEMORY_STEPS):
         step()
-    return _resident("VmHWM") - before
+    return (torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM")) - before
 
 
 def _resident(field: str) -> int:
@@ -176,17 +197,6 @@ def _make_step(workload: Workload, name: str, device: str) -> Callable[[], None]
         _clear(inputs)
 
     return step
-
-
-def _device_peak(workload: Workload, name: str, device: str) -> int:
-    step = _make_step(workload, name, device)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    for _ in range(MEMORY_STEPS):
-        step()
-    return torch.cuda.max_memory_allocated() - before
 
 
 # --- accuracy -----------------------------------------------------------------------------------
@@ -286,4 +296,4 @@ def _wait(inputs: Inputs) -> None:
 if __name__ == "__main__":
     fields, peer, threads = json.loads(sys.argv[1])
     torch.set_num_threads(threads)
-    print(resident_growth(_make_step(Workload(**fields), peer, "cpu")))
+    print(memory_growth(_make_step(Workload(**fields), peer, "cpu"), "cpu"))

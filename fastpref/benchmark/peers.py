@@ -86,6 +86,8 @@ def _trl_logps(inputs: Inputs) -> Tensor:
 
 
 def _trl(inputs: Inputs) -> Loss:
+    import trl.trainer.utils  # noqa: F401  (its backward would; modules are no peak memory)
+
     return lambda: dpo_loss(_trl_logps(inputs), inputs)
 
 
@@ -112,6 +114,15 @@ def _liger(compiled: bool) -> Callable[[Inputs], Loss]:
         return lambda: loss(inputs.weight, inputs.hidden, inputs.targets)[0]
 
     return prepare
+
+
+def _liger_scaled_logps(inputs: Inputs) -> Tensor:
+    """Per-token scaled cross-entropy: a kernel of its own on SM90, chunks of tokens elsewhere."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    hidden, targets = _flat(inputs)
+    nll = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, inputs.weight, targets)
+    return -nll.view(inputs.targets.shape)
 
 
 def _cce(implementation: str) -> Callable[[Inputs], Loss]:
@@ -194,15 +205,10 @@ def _head_frozen(inputs: Inputs) -> str | None:
     return "the head trains" if inputs.weight.requires_grad else None
 
 
-def _hopper_only(inputs: Inputs) -> str | None:
-    return _gpu_only(inputs) or (
-        None if torch.cuda.get_device_capability()[0] == 9 else "needs an SM90 GPU"
-    )
-
-
-def _sm90_missing(inputs: Inputs) -> str | None:
-    """Liger's SM90 kernel is a per-token scaled cross-entropy without a DPO around it."""
-    return _hopper_only(inputs) or "not a preference loss: it scales tokens by given constants"
+def _needs_cutlass_on_hopper(inputs: Inputs) -> str | None:
+    if inputs.hidden.device.type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
+        return None
+    return _needs("cutlass")(inputs)
 
 
 _NEEDS_LIGER = _first(_needs("liger_kernel"), _no_packing, _no_softcap)
@@ -220,7 +226,11 @@ PEERS = {
     "torch linear_cross_entropy": Peer(_torch_lce, _no_softcap, _torch_lce_logps),
     "Liger DPO": Peer(_liger(compiled=False), _NEEDS_LIGER),
     "Liger DPO compiled": Peer(_liger(compiled=True), _NEEDS_LIGER, compiles=True),
-    "Liger SM90 cross-entropy": Peer(_naive, _sm90_missing),
+    "Liger scaled cross-entropy": Peer(
+        lambda inputs: lambda: dpo_loss(_liger_scaled_logps(inputs), inputs),
+        _first(_needs("liger_kernel"), _no_softcap, _needs_cutlass_on_hopper),
+        _liger_scaled_logps,
+    ),
     "CCE": Peer(_cce("cce"), _NEEDS_CCE, lambda x: _cce_logps(x, "cce")),
     "CCE exact": Peer(
         _cce("cce_exact"), _NEEDS_CCE, lambda inputs: _cce_logps(inputs, "cce_exact")

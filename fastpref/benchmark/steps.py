@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastpref.benchmark.measure import resident_growth, run_in_fresh_process, spread_of_ratios
+from fastpref.benchmark.measure import memory_growth, run_in_fresh_process, spread_of_ratios
 
 PAIRS, PROMPT, RESPONSE = 2, 76, 180
 KINDS = ("trunk", "DPOTrainer", "PreferenceTrainer")
@@ -97,8 +97,11 @@ def _trunk_step(trainer: Any, batch: dict[str, torch.Tensor]) -> None:
         base.base_model(**inputs, use_cache=False).last_hidden_state.float().mean().backward()
 
 
-def time_steps(model_directory: str, lora: bool, rounds: int) -> list[dict[str, Any]]:
-    """Seconds of each kind of step, interleaved, and ratios to TRL's within a round."""
+def measure_steps(model_directory: str, lora: bool, rounds: int) -> list[dict[str, Any]]:
+    """Seconds of each kind of step, interleaved, and peak bytes of three steps of each.
+
+    Bytes are beyond weights and data: of a fresh process on a CPU, the allocator's on a GPU.
+    """
     steps = {kind: make_step(kind, model_directory, lora) for kind in KINDS}
     for step in steps.values():
         step()
@@ -108,31 +111,21 @@ def time_steps(model_directory: str, lora: bool, rounds: int) -> list[dict[str, 
             started = time.perf_counter()
             step()
             seconds[kind].append(time.perf_counter() - started)
+    del steps, step
     return [
         {
             "peer": kind,
             "method": "LoRA" if lora else "full",
             "seconds": values,
             "ratio": spread_of_ratios(values, seconds["DPOTrainer"]),
-        }
-        for kind, values in seconds.items()
-    ]
-
-
-def step_memory(model_directory: str, lora: bool) -> list[dict[str, Any]]:
-    """Peak bytes of three steps of each kind beyond weights and data, each in a fresh process."""
-    method = "LoRA" if lora else "full"
-    return [
-        {
-            "peer": kind,
-            "method": method,
             "bytes": run_in_fresh_process(__spec__.name, [kind, model_directory, lora]),
         }
-        for kind in KINDS
+        for kind, values in seconds.items()
     ]
 
 
 if __name__ == "__main__":
     kind, directory, lora, threads = json.loads(sys.argv[1])
     torch.set_num_threads(threads)
-    print(resident_growth(make_step(kind, directory, lora)))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(memory_growth(make_step(kind, directory, lora), device))

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastpref.backends import accumulate_dtype
+from fastpref.planner import Problem
+
 BETA = 0.1
 LOGIT_DEVIATION = 6.0
 
@@ -57,6 +60,7 @@ class Workload:
         dtype: "float32" or "bfloat16".
         frozen: the head requires no gradient.
         packed: sequences one after the other with offsets instead of padding.
+        entries: V, 0 for the head's own.
     """
 
     head: str
@@ -65,13 +69,15 @@ class Workload:
     dtype: str = "float32"
     frozen: bool = False
     packed: bool = False
+    entries: int = 0
 
     @property
     def name(self) -> str:
         length = f"{self.length} tokens" if self.length else "real lengths"
         batch = f"{self.pairs} pairs, {length}"
         extra = [word for word in ("frozen", "packed") if getattr(self, word)]
-        return ", ".join([self.head, batch, self.dtype, *extra])
+        vocabulary = [f"V {self.entries}"] if self.entries else []
+        return ", ".join([self.head, *vocabulary, batch, self.dtype, *extra])
 
     @property
     def hidden_size(self) -> int:
@@ -79,11 +85,33 @@ class Workload:
 
     @property
     def vocabulary(self) -> int:
-        return HEADS[self.head][1]
+        return self.entries or HEADS[self.head][1]
+
+    @property
+    def rows(self) -> int:
+        """Scored tokens."""
+        return sum(response for _, response in self.lengths)
 
     @property
     def softcap(self) -> float | None:
         return HEADS[self.head][2]
+
+    def problem(self, device: str) -> Problem:
+        """What the planner is told of it."""
+        lengths, dtype = self.lengths, getattr(torch, self.dtype)
+        responses = [response for _, response in lengths]
+        longest = max(prompt + response for prompt, response in lengths)
+        return Problem(
+            counts=tuple(n for i in range(self.pairs) for n in responses[i :: self.pairs]),
+            hidden_size=self.hidden_size,
+            vocabulary=self.vocabulary,
+            dtype=dtype,
+            accumulate_dtype=accumulate_dtype(dtype),
+            device=device,
+            total_rows=sum(map(sum, lengths)) if self.packed else longest * len(lengths),
+            hidden_grad=True,
+            head_grad=not self.frozen,
+        )
 
     @property
     def lengths(self) -> list[tuple[int, int]]:
@@ -150,7 +178,7 @@ def make_inputs(workload: Workload, device: str, seed: int = 0) -> Inputs:
     )
 
 
-def real_inputs(model_directory: str, pairs: int, dtype: str) -> Inputs:
+def real_inputs(model_directory: str, pairs: int, dtype: str, device: str = "cpu") -> Inputs:
     """Final hidden states of a real model on the demo's pairs: random ones hide rounding."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -176,5 +204,8 @@ def real_inputs(model_directory: str, pairs: int, dtype: str) -> Inputs:
     to = getattr(torch, dtype)
     weight = model.lm_head.weight.detach()
     return Inputs(
-        hidden.to(to).requires_grad_(), weight.to(to).requires_grad_(), targets, softcap=None
+        hidden.to(device, to).requires_grad_(),
+        weight.to(device, to).requires_grad_(),
+        targets.to(device),
+        softcap=None,
     )
