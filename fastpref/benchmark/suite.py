@@ -26,7 +26,7 @@ CPU_SPEED = (
     Workload("smollm2-135m", 2, 0, packed=True),
     Workload("qwen3-0.6b", 1, 128),
 )
-CPU_QUICK = (Workload("smollm2-135m", 2, 96), Workload("smollm2-135m", 2, 96, frozen=True))
+CPU_QUICK = (Workload("smollm2-135m", 2, 96),)
 GPU_SPEED = tuple(
     Workload(head, pairs, length, "bfloat16", frozen=frozen)
     for head, pairs, length in (
