@@ -174,7 +174,8 @@ def _trl(problem: Problem) -> Estimate:
     tile_bytes = 9 * tile * wide if on_cpu else tile * narrow
     accumulators = elements * (wide + (narrow if narrow != wide else 0))
     moved = (4 * narrow + 6) * problem.rows * problem.vocabulary + _operands(problem, products)
-    extra = tile_bytes + accumulators
+    compacted = 0 if on_cpu else problem.rows * problem.hidden_size * narrow
+    extra = tile_bytes + accumulators + compacted
     return Estimate("TRL 1.16", products, products * _product(problem), extra, moved)
 
 

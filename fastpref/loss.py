@@ -17,7 +17,7 @@ from fastpref.backends import Head, accumulate_dtype, choose_backend
 from fastpref.objectives import Objective, mean_or_zero, pair_metrics
 from fastpref.planner import Plan, Problem, make_plan
 from fastpref.schedules import PairGroups, PairInputs, PairLosses, TokenLogps
-from fastpref.sequences import Rows
+from fastpref.sequences import IGNORED, Rows, on_device
 from fastpref.validation import check_head, check_objective, check_sequences
 
 
@@ -77,7 +77,9 @@ def preference_loss(
             bf16, fp16, fp32 or fp64; in autocast operands are rounded to autocast's dtype.
         weight: LM head `(V, H)`, hidden's dtype (any float in autocast).
         targets: the token that each position predicts, -100 where not scored; `shift_targets`
-            makes them from token ids.
+            makes them from token ids. On hidden's device or on the CPU: the schedule is planned
+            from lengths, so targets on an accelerator are read back once, those on the CPU never
+            make a step wait. The same holds of cu_seqlens and token_weights.
         objective: `DPO(beta=0.1)`, … or an `Objective` of your own; a name takes its defaults.
         ref_logps: log-probabilities of the responses under the reference, nats; see
             `sequence_logps`. Needed by every objective with a reference.
@@ -101,13 +103,9 @@ def preference_loss(
             was expected. Values (targets in range, finite scores) raise at once on a CPU and by an
             asynchronous assertion on an accelerator.
     """
-    head_fields = {
-        "bias": bias,
-        "logit_scale": logit_scale,
-        "softcap": softcap,
-        "temperature": temperature,
-    }
-    head, stats = _checked_head(hidden, weight, targets, stats, logits_budget, **head_fields)
+    head, stats = _checked_head(
+        hidden, weight, targets, stats, logits_budget, bias, logit_scale, softcap, temperature
+    )
     sequences = check_sequences(hidden, targets, cu_seqlens, token_weights, paired=True)
     objective = check_objective(
         objective,
@@ -122,17 +120,17 @@ def preference_loss(
         return reference.preference_loss(
             hidden,
             weight,
-            targets,
+            targets.to(hidden.device),
             objective,
             ref_logps=ref_logps,
             scores=scores,
             cu_seqlens=cu_seqlens,
-            token_weights=token_weights,
+            token_weights=None if token_weights is None else token_weights.to(hidden.device),
             reduction=reduction,
             stats=stats,
-            **head_fields,
+            **head.options,
         )
-    rows = Rows.of(targets, cu_seqlens, token_weights, paired=True)
+    rows = Rows.of(targets, cu_seqlens, token_weights, hidden.device, paired=True)
     flat = hidden.flatten(0, -2)
     plan = make_plan(
         _problem(flat, head, rows.counts),
@@ -190,13 +188,9 @@ def sequence_logps(
         Sums of (weighted) token log-probabilities `(S,)`, nats, fp32, and numbers of scored tokens
         `(S,)`, int64. In batches of pairs, `ref_logps` is the first of the two.
     """
-    head_fields = {
-        "bias": bias,
-        "logit_scale": logit_scale,
-        "softcap": softcap,
-        "temperature": temperature,
-    }
-    head, _ = _checked_head(hidden, weight, targets, (), logits_budget, **head_fields)
+    head, _ = _checked_head(
+        hidden, weight, targets, (), logits_budget, bias, logit_scale, softcap, temperature
+    )
     check_sequences(hidden, targets, cu_seqlens, token_weights, paired=False)
     chosen_backend = choose_backend(backend, hidden.device)
     with torch.no_grad():
@@ -204,12 +198,12 @@ def sequence_logps(
             return reference.sequence_logps(
                 hidden,
                 weight,
-                targets,
+                targets.to(hidden.device),
                 cu_seqlens=cu_seqlens,
-                token_weights=token_weights,
-                **head_fields,
+                token_weights=None if token_weights is None else token_weights.to(hidden.device),
+                **head.options,
             )
-        rows = Rows.of(targets, cu_seqlens, token_weights, paired=False)
+        rows = Rows.of(targets, cu_seqlens, token_weights, hidden.device, paired=False)
         flat = hidden.flatten(0, -2)
         plan = make_plan(_problem(flat, head, rows.counts), budget=logits_budget)
         per_row, *_ = TokenLogps.apply(
@@ -253,24 +247,22 @@ def linear_logps(
         Log-probabilities in targets' shape, nats, fp32, 0 where the target is -100; with `stats`
         a pair of them and a dictionary of further tensors of that shape.
     """
-    head_fields = {
-        "bias": bias,
-        "logit_scale": logit_scale,
-        "softcap": softcap,
-        "temperature": temperature,
-    }
-    head, stats = _checked_head(hidden, weight, targets, stats, logits_budget, **head_fields)
+    head, stats = _checked_head(
+        hidden, weight, targets, stats, logits_budget, bias, logit_scale, softcap, temperature
+    )
     chosen_backend = choose_backend(backend, hidden.device)
     flat, wanted = hidden.flatten(0, -2), targets.flatten()
     if backend == "reference":
-        found = reference.token_statistics(flat, weight, wanted, **head_fields)
+        wanted = wanted.to(hidden.device)
+        found = reference.token_statistics(flat, weight, wanted, **head.options)
         found = {name: value.view(targets.shape) for name, value in found.items()}
         return (found["logps"], {s: found[s] for s in stats}) if stats else found["logps"]
-    index = (wanted != -100).nonzero().flatten()
+    index = (wanted != IGNORED).nonzero().flatten()
     if len(index) == len(wanted):
         index = None
     else:
-        wanted = wanted[index]
+        wanted, index = wanted[index], on_device(index, hidden.device)
+    wanted = on_device(wanted, hidden.device)
     plan = make_plan(_problem(flat, head, [len(wanted)]), schedule=schedule, budget=logits_budget)
     outputs = TokenLogps.apply(flat, weight, bias, wanted, index, head, plan, chosen_backend, stats)
     if index is not None:
@@ -285,7 +277,6 @@ def _checked_head(
     targets: Tensor,
     stats: Sequence[str],
     logits_budget: int | None,
-    *,
     bias: Tensor | None,
     logit_scale: float,
     softcap: float | None,
@@ -330,18 +321,15 @@ def _token_metrics(rows: Rows, stats: dict[str, Tensor]) -> dict[str, Tensor]:
     """Means over scored tokens. Rows lie pair after pair: chosen, rejected, chosen, …"""
     if not stats:
         return {}
-    is_chosen = torch.zeros(2, len(rows.counts) // 2, device=rows.index.device)
-    is_chosen[0] = 1
-    sides = is_chosen.T.flatten().repeat_interleave(
-        rows.offsets.diff(), output_size=len(rows.index)
-    )
-    chosen = sides.bool()
+    chosen = rows.repeat((torch.arange(len(rows.counts), device=rows.index.device) + 1) % 2)
+    tokens = max(1, sum(rows.counts[::2])), max(1, sum(rows.counts[1::2]))
     metrics = {}
     if "entropy" in stats:
         metrics["entropy"] = mean_or_zero(stats["entropy"])
     if "is_top1" in stats:
-        metrics["mean_token_accuracy"] = mean_or_zero(stats["is_top1"][chosen].float())
+        metrics["mean_token_accuracy"] = (stats["is_top1"] & (chosen == 1)).sum() / tokens[0]
     if "mean_logits" in stats:
-        metrics["logits/chosen"] = mean_or_zero(stats["mean_logits"][chosen])
-        metrics["logits/rejected"] = mean_or_zero(stats["mean_logits"][~chosen])
+        values = stats["mean_logits"]
+        metrics["logits/chosen"] = torch.where(chosen == 1, values, 0).sum() / tokens[0]
+        metrics["logits/rejected"] = torch.where(chosen == 1, 0, values).sum() / tokens[1]
     return metrics

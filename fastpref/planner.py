@@ -3,16 +3,15 @@
 Everything here is arithmetic on shapes; no tensor is touched, so the same formulas answer in
 advance what a batch would need. U is one matrix product, 2·N·H·V FLOP for N scored rows.
 
-    schedule      products   holds besides inputs and gradients
-    forward       1 U        one tile
-    frozen_head   2 U        one group of rows × vocabulary; N × H of gradient rows
-    pair_groups   3 U        one group of whole pairs × vocabulary
+    schedule      products           holds besides inputs and gradients
+    forward       1 U                one tile
+    frozen_head   2 U                one tile; in half precision N × H of gradient rows
+    pair_groups   3 U                one group of whole pairs × vocabulary
     recompute     4 U (3 U frozen)   one tile
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +25,15 @@ DEFAULT_BUDGET = {"cpu": 128 * MIB}
 DEFAULT_ACCELERATOR_BUDGET = 1024 * MIB
 # Tiles are folded or consumed at once, so they need no more than keeps the products efficient.
 _TILE_SHARE = 8
+_MOST_TILE_BYTES = 64 * MIB
 _MIN_TILE_COLUMNS = 512
 _MAX_TILE_COLUMNS = 8192
+# The frozen head's rows carry a sum of H along every slice: few enough for it to stay in the cache,
+# many enough to read the head seldom.
+_FROZEN_ROWS = 1024
+# MKL has its own way with them.
+_CPU_INFO = Path("/proc/cpuinfo")
+_IS_INTEL = not _CPU_INFO.exists() or "GenuineIntel" in _CPU_INFO.read_text()
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,9 @@ class Plan:
     Args:
         schedule: "forward", "frozen_head", "pair_groups" or "recompute".
         reason: why this schedule, one sentence.
-        groups: ranges of rows whose logits are held together; with "pair_groups" ranges of pairs.
-        group_rows: the most rows of logits held at once.
+        groups: ranges of pairs whose logits are held together; with "frozen_head" ranges of rows
+            that go along the vocabulary together.
+        group_rows: the most whole rows of logits held at once.
         tile: rows × vocabulary columns of a tile.
         flop: floating-point operations of all matrix products, forward and backward.
         logits_bytes: bytes of logits held at once; never more than the budget.
@@ -143,17 +150,16 @@ def make_plan(
         problem, schedule, group_rows, pairs=pairs, couples_pairs=couples_pairs, reduces=reduces
     )
     groups: tuple[tuple[int, int], ...] = ()
+    held = 0
+    tile = _tile(problem, budget, problem.rows)
     if chosen == "frozen_head":
-        groups = even_ranges(problem.rows, group_rows)
-        held = max(b - a for a, b in groups)
+        tile = _tile(problem, budget, _FROZEN_ROWS)
+        groups = even_ranges(problem.rows, tile[0])
     elif chosen == "pair_groups":
         groups = _pair_ranges(problem.counts, group_rows)
         rows_of = [sum(problem.counts[2 * a : 2 * b]) for a, b in groups]
         # A pair beyond the budget goes through in even pieces.
         held = max(b - a for rows in rows_of for a, b in even_ranges(rows, group_rows))
-    else:
-        held = 0
-    tile = _tile(problem, budget)
     return Plan(
         schedule=chosen,
         reason=reason,
@@ -229,10 +235,12 @@ def _pair_ranges(counts: tuple[int, ...], most: int) -> tuple[tuple[int, int], .
     return tuple(ranges)
 
 
-def _tile(problem: Problem, budget: int) -> tuple[int, int]:
+def _tile(problem: Problem, budget: int, most_rows: int) -> tuple[int, int]:
     """Many rows × some columns: each slice of the weight is read once for as many rows as fit."""
-    elements = max(budget // _TILE_SHARE, problem.row_bytes) // problem.element_bytes
-    rows = max(1, min(problem.rows, elements // min(_MIN_TILE_COLUMNS, problem.vocabulary)))
+    most_bytes = max(min(budget // _TILE_SHARE, _MOST_TILE_BYTES), problem.row_bytes)
+    elements = most_bytes // problem.element_bytes
+    columns = min(_MIN_TILE_COLUMNS, problem.vocabulary)
+    rows = max(1, min(problem.rows, most_rows, elements // columns))
     return rows, min(problem.vocabulary, elements // rows, _MAX_TILE_COLUMNS)
 
 
@@ -256,19 +264,21 @@ def _extra_bytes(problem: Problem, schedule: str, held: int, tile: tuple[int, in
     rows = problem.rows * problem.hidden_size  # elements of one (N, H)
     whole = problem.total_rows * problem.hidden_size * problem.hidden_grad
     head = problem.vocabulary * problem.hidden_size * problem.head_grad
-    if schedule in ("forward", "recompute"):
-        tile_bytes = tile[0] * tile[1] * wide + workspace_bytes(problem, *tile)
-        if schedule == "forward":
-            return tile_bytes + rows * narrow
+    tile_bytes = tile[0] * tile[1] * wide + workspace_bytes(problem, *tile)
+    if schedule == "forward":
+        return tile_bytes + rows * narrow
+    if schedule == "recompute":
         # Compacted rows, their conversion, their gradient; afterwards that is laid out whole.
-        running = tile_bytes + rows * (narrow + wide * converts + wide * problem.hidden_grad)
-        return max(running, rows * wide + whole * narrow) + head * narrow
+        running = tile_bytes + rows * (narrow + wide * converts * (problem.device == "cpu"))
+        return max(running, whole * narrow) + rows * wide * problem.hidden_grad + head * narrow
+    if schedule == "frozen_head":  # the gradient of a tile's rows beside that of all
+        of_tile = tile[0] * problem.hidden_size * (wide + narrow + wide * converts)
+        return tile_bytes + of_tile + whole * narrow + rows * narrow * converts
     logits = held * problem.row_bytes + workspace_bytes(problem, held, problem.vocabulary)
-    if schedule == "frozen_head":  # compacted rows, and the gradient kept of each
-        return max(logits + rows * (narrow + wide), 2 * rows * wide + whole * narrow)
-    of_group = 3 * held * problem.hidden_size * wide
-    # Accumulators become the gradients where no conversion is needed.
-    return logits + of_group + (whole + head) * (wide + narrow * converts)
+    of_group = 2 * held * problem.hidden_size * wide
+    # Accumulators become the gradients, by way of a second copy where they are converted.
+    converted = max(whole * (wide + narrow), (whole + head) * narrow) * converts
+    return max(logits + of_group, converted) + (whole + head) * wide
 
 
 def naive_bytes(problem: Problem) -> int:
@@ -291,13 +301,7 @@ def workspace_bytes(problem: Problem, rows: int, columns: int) -> int:
     """
     if problem.device != "cpu":
         return 32 * MIB
-    if not _is_intel():
+    if not _IS_INTEL:
         return min(rows, 384) * min(columns, 5120) * problem.element_bytes + 10 * MIB
     packed = max(128 * columns, min(rows, 384) * min(columns, 16384))
     return packed * problem.element_bytes + 12 * MIB
-
-
-@functools.cache
-def _is_intel() -> bool:
-    info = Path("/proc/cpuinfo")
-    return not info.exists() or "GenuineIntel" in info.read_text()

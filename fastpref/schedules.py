@@ -11,7 +11,7 @@ already say its coefficients, so the gradients are finished while the logits are
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ from torch.autograd.function import once_differentiable
 from fastpref.backends import Backend, Grads, Head, RowStats, Weighed
 from fastpref.objectives import Objective, PairLogps
 from fastpref.planner import Plan, even_ranges
-from fastpref.sequences import Rows
+from fastpref.sequences import Rows, on_device
+
+# Of the hidden states' size, converted together: 16 MiB of float32 at H = 4096.
+_ROWS_AT_ONCE = 1024
 
 
 class TokenLogps(torch.autograd.Function):
@@ -42,14 +45,15 @@ class TokenLogps(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         with _no_autocast(hidden):
+            kept = None
             if plan.schedule == "frozen_head":
-                rows = hidden if index is None else hidden.index_select(0, index)
-                found, kept = _forward_with_row_gradients(rows, targets, head, plan, backend, stats)
+                kept = _KeptRows(hidden, index, len(targets))
+                found = kept.fill(hidden, targets, head, plan, backend, stats)
             else:
                 found = backend.forward(hidden, index, targets, head, plan.tile, stats)
-                kept = None
         entropy = found.extra.get("entropy")
-        ctx.save_for_backward(hidden, weight, bias, targets, index, found.lse, entropy, kept)
+        ctx.save_for_backward(hidden, weight, bias, targets, index, found.lse, entropy)
+        ctx.kept = kept
         ctx.settings = (head.logit_scale, head.softcap, head.temperature, head.compute_dtype)
         ctx.plan, ctx.backend, ctx.stats = plan, backend, stats
         ctx.mark_non_differentiable(*(found.extra[name] for name in stats if name != "entropy"))
@@ -58,15 +62,13 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, coef: Tensor | None, *of_stats: Tensor | None) -> tuple:
-        hidden, weight, bias, targets, index, lse, entropy, kept = ctx.saved_tensors
+        hidden, weight, bias, targets, index, lse, entropy = ctx.saved_tensors
         of_entropy = dict(zip(ctx.stats, of_stats, strict=True)).get("entropy")
         wants = tuple(ctx.needs_input_grad[:3])
         if coef is None:
             coef = torch.zeros_like(lse)
-        if kept is not None and of_entropy is None:
-            grad_rows = (kept * coef[:, None]).to(hidden.dtype)
-            grads = (_at_rows(grad_rows, index, hidden), None, None)
-            return *grads, *[None] * 6
+        if ctx.kept is not None and of_entropy is None:
+            return ctx.kept.times(coef), *[None] * 8
         with _no_autocast(hidden):
             head = Head(weight, bias, *ctx.settings)
             entropy_terms = None if of_entropy is None else (entropy, of_entropy)
@@ -80,31 +82,60 @@ class TokenLogps(torch.autograd.Function):
             found = ctx.backend.recompute_backward(
                 rows, targets, head, lse, coef, entropy_terms, ctx.plan.tile, wants
             )
-        grad_hidden = None
-        if wants[0]:
-            grad_hidden = _at_rows(found.hidden.to(hidden.dtype), index, hidden)
+            del rows
+        grad_hidden = _at_rows(found.hidden, index, hidden) if wants[0] else None
         return grad_hidden, found.weight, found.bias, *[None] * 6
 
 
-def _forward_with_row_gradients(
-    rows: Tensor,  # (n, H)
-    targets: Tensor,
-    head: Head,
-    plan: Plan,
-    backend: Backend,
-    stats: tuple[str, ...],
-) -> tuple[RowStats, Tensor]:
-    """Statistics, and ∂ℓ_t/∂h_t `(n, H)`: it depends on no coefficient, so it can be had now."""
-    kept = rows.new_empty(rows.shape, dtype=head.accumulate_dtype)
-    buffer = rows.new_empty(plan.group_rows, len(head.weight), dtype=head.accumulate_dtype)
-    parts = []
-    for a, b in plan.groups:
-        part = backend.group_forward(rows[a:b], targets[a:b], head, buffer[: b - a], stats)
-        grads = Grads(kept[a:b], None, None)
-        ones = torch.ones_like(part.lse)
-        backend.group_backward(rows[a:b], targets[a:b], head, buffer[: b - a], part, ones, grads)
-        parts.append(part)
-    return RowStats.concatenate(parts), kept
+class _KeptRows:
+    """∂ℓ_t/∂h_t of every row: it depends on no coefficient, so it can be had in the forward.
+
+    It is kept where the gradient of hidden will be. Half precision would round it a second time, so
+    there the rest is kept beside it: two halves take the memory of float32 and are as good, without
+    another copy when they become the gradient.
+    """
+
+    def __init__(self, hidden: Tensor, index: Tensor | None, rows: int) -> None:
+        self.high = torch.zeros_like(hidden)  # (M, H)
+        self.index = torch.arange(rows, device=hidden.device) if index is None else index
+        halves = hidden.dtype.itemsize < 4
+        self.low = hidden.new_empty(rows, hidden.shape[1]) if halves else None  # (n, H)
+
+    def fill(
+        self,
+        hidden: Tensor,  # (M, H)
+        targets: Tensor,  # (n,)
+        head: Head,
+        plan: Plan,
+        backend: Backend,
+        stats: tuple[str, ...],
+    ) -> RowStats:
+        buffer = hidden.new_empty(plan.tile, dtype=head.accumulate_dtype)
+
+        def of_group(a: int, b: int) -> RowStats:
+            rows = hidden.index_select(0, self.index[a:b])
+            part, grad = backend.forward_with_gradients(
+                rows, targets[a:b], head, buffer[: b - a], stats
+            )
+            high = grad.to(hidden.dtype)
+            self.high.index_copy_(0, self.index[a:b], high)
+            if self.low is not None:
+                self.low[a:b] = grad.sub_(high)
+            return part
+
+        return RowStats.concatenate([of_group(a, b) for a, b in plan.groups])
+
+    def times(self, coef: Tensor) -> Tensor:
+        """`coef · ∂ℓ/∂h` in hidden's layout and dtype; in place unless the graph is kept."""
+        high = self.high.clone() if _keeps_graph() else self.high
+        for start in range(0, len(coef), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            rows = self.index[part]
+            kept = high.index_select(0, rows).to(coef.dtype)
+            if self.low is not None:
+                kept += self.low[part]
+            high.index_copy_(0, rows, kept.mul_(coef[part, None]).to(high.dtype))
+        return high
 
 
 class PairGroups(torch.autograd.Function):
@@ -161,14 +192,16 @@ class PairGroups(torch.autograd.Function):
                 "one through the same loss use schedule='recompute'"
             )
         grads, ctx.grads = ctx.grads, None
-        # Rounded once, after scaling: fp16 gradients of an unscaled loss would underflow.
+        accumulated = [grads.bias, grads.weight, grads.hidden]
+        del grads
+        # Rounded once, after scaling: fp16 gradients of an unscaled loss would underflow. Each is
+        # let go before the next is made, the smaller ones first.
         scale = ctx.backend.scaled or _scaled
-        scaled = [
-            None if grad is None else scale(grad, upstream, dtype)
-            for grad, dtype in zip(
-                (grads.hidden, grads.weight, grads.bias), ctx.dtypes, strict=True
-            )
-        ]
+        scaled = []
+        for dtype in ctx.dtypes:
+            grad = accumulated.pop()
+            scaled.append(None if grad is None else scale(grad, upstream, dtype))
+            del grad
         return *scaled, *[None] * 8
 
 
@@ -261,7 +294,7 @@ class PairInputs:
         which = None
         if not all(counted):
             found = [i for i, counts in enumerate(counted) if counts]
-            which = torch.tensor(found, dtype=torch.int64, device=logps.device)
+            which = on_device(torch.tensor(found, dtype=torch.int64), logps.device)
 
         def of(values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
             if values is None:
@@ -383,9 +416,13 @@ def _live_ranges(coef: Tensor) -> list[tuple[int, int]]:
 
 
 def _at_rows(grad_rows: Tensor, index: Tensor | None, hidden: Tensor) -> Tensor:
+    """Rows of the gradient in hidden's layout and dtype."""
     if index is None:
-        return grad_rows
-    return torch.zeros_like(hidden).index_copy_(0, index, grad_rows)
+        return grad_rows.to(hidden.dtype)
+    whole = torch.zeros_like(hidden)
+    for some, rows in zip(index.split(_ROWS_AT_ONCE), grad_rows.split(_ROWS_AT_ONCE), strict=True):
+        whole.index_copy_(0, some, rows.to(hidden.dtype))
+    return whole
 
 
 def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
@@ -395,5 +432,13 @@ def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     return grad.to(dtype)
 
 
+def _keeps_graph() -> bool:
+    """Whether the running backward may be followed by another through the same graph."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if asked is None else asked()
+
+
 def _no_autocast(hidden: Tensor) -> AbstractContextManager:
+    if not torch.amp.is_autocast_available(hidden.device.type):
+        return nullcontext()
     return torch.autocast(hidden.device.type, enabled=False)

@@ -6,19 +6,23 @@ offsets. Prompt, padding and ignored positions never reach the projection.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 IGNORED = -100
+# Devices that copy from and to page-locked memory while the host goes on.
+PINNED_FOR = ("cuda", "xpu")
 
 
 @dataclass(frozen=True)
 class Rows:
     """N scored rows of M, sequence after sequence; of pairs in the order chosen, rejected.
 
-    Building it reads the sequences' lengths on the host once: the schedules are planned there.
+    The schedules are planned from the sequences' lengths on the host. Targets that lie there cost
+    no wait; those of an accelerator are read back once.
     """
 
     index: Tensor  # (N,) positions in the flattened hidden states
@@ -35,6 +39,7 @@ class Rows:
         targets: Tensor,  # (S, T), or (total,) with cu_seqlens
         cu_seqlens: Tensor | None,  # (S + 1,)
         token_weights: Tensor | None,  # as targets
+        device: torch.device,  # of the hidden states
         *,
         paired: bool,
     ) -> Rows:
@@ -45,7 +50,8 @@ class Rows:
             sequence_of = positions // max(1, targets.shape[1])
         else:
             sequences = len(cu_seqlens) - 1
-            sequence_of = torch.searchsorted(cu_seqlens[1:], positions, right=True)
+            ends = on_device(cu_seqlens[1:], flat.device)
+            sequence_of = torch.searchsorted(ends, positions, right=True)
         index = (flat != IGNORED).nonzero().flatten()
         order_of = sequence_of[index]
         if paired:  # chosen sequences come first in the batch, pairs are adjacent here
@@ -54,11 +60,16 @@ class Rows:
             order_of, by_pair = order_of.sort(stable=True)
             index = index[by_pair]
         lengths = torch.bincount(order_of, minlength=sequences)
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        there = on_device(index, device)
+        weights = None
+        if token_weights is not None:
+            weights = on_device(token_weights, device).flatten()[there].detach()
         return cls(
-            index=index,
-            targets=flat[index],
-            weights=None if token_weights is None else token_weights.flatten()[index].detach(),
-            offsets=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+            index=there,
+            targets=on_device(flat[index], device),
+            weights=weights,
+            offsets=on_device(offsets, device),
             counts=lengths.tolist(),
             total=len(flat),
             paired=paired,
@@ -104,6 +115,31 @@ class Rows:
             return None
         start = sum(self.counts[:first])
         return self.weights[start : start + sum(self.counts[first:last])]
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """There, by a copy that the host does not wait for."""
+    if tensor.device == device:
+        return tensor
+    if device.type in PINNED_FOR and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
+
+
+def copied_to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Starts a copy to the host; the result waits for it, by when it has long arrived."""
+    if tensor.device.type not in PINNED_FOR:
+        return tensor.cpu
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    arrived = torch.Event(tensor.device)
+    arrived.record()
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return host
+
+    return wait
 
 
 def shift_targets(input_ids: Tensor, mask: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from fastpref.backends import BACKENDS
 from fastpref.loss import linear_logps, preference_loss
 from fastpref.objectives import Objective, hyperparameters, make_objective
 from fastpref.planner import SCHEDULES
-from fastpref.sequences import shift_targets
+from fastpref.sequences import IGNORED, copied_to_host, shift_targets
 
 _SUPPORTED_TRL = "1.16"
 _CHUNKED_APPLY = (
@@ -247,6 +247,8 @@ def add_loss_head(model: PreTrainedModel, **fused_head_options: Any) -> None:
                 kwargs["labels"] = labels
             return stock_forward(*args, **kwargs)
         kwargs["use_cache"] = False
+        if loss_head is None:
+            targets_on_host = copied_to_host(shift_targets(labels, labels != IGNORED))
         backbone = self.base_model(*args, **kwargs)
         head = self.get_output_embeddings()
         hidden = backbone.last_hidden_state.to(head.weight.device)
@@ -258,8 +260,7 @@ def add_loss_head(model: PreTrainedModel, **fused_head_options: Any) -> None:
                 return LossHeadOutput(
                     out.loss, out.losses, out.logps, out.lengths, out.metrics, aux_loss
                 )
-            targets = shift_targets(labels, labels != -100).to(hidden.device)
-            logps = linear_logps(hidden, weight, targets, bias=bias, **scalars)
+            logps = linear_logps(hidden, weight, targets_on_host(), bias=bias, **scalars)
             if logps.device.type != "mps":  # TRL adds them up in the dtype it is given
                 logps = logps.double()
             return trl_utils.FusedCausalLMOutput(log_probs=logps[:, :-1])
@@ -384,17 +385,19 @@ class PreferenceTrainer(DPOTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False
     ) -> Tensor | tuple[Tensor, Any]:
         completion_mask = inputs["completion_mask"]
-        targets = shift_targets(inputs["input_ids"], completion_mask)
+        length = completion_mask.shape[1]
+        # Under way while the models run: the loss is planned on the host.
+        targets_on_host = copied_to_host(shift_targets(inputs["input_ids"], completion_mask))
         ref_logps = self._ref_logps(inputs)
 
         def loss_head(hidden: Tensor, weight: Tensor, **head: Any) -> Any:
             # Prompt-learning adapters prepend virtual tokens.
-            hidden = hidden[:, hidden.shape[1] - targets.shape[1] :]
+            hidden = hidden[:, hidden.shape[1] - length :]
             on_head = _mover(hidden.device)
             return preference_loss(
                 hidden,
                 weight,
-                on_head(targets),
+                targets_on_host(),
                 self.objective,
                 ref_logps=on_head(ref_logps),
                 scores=on_head(inputs.get("scores")),

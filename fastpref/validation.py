@@ -14,7 +14,7 @@ from fastpref.backends import TOKEN_STATS
 from fastpref.objectives import Objective, make_objective, objective_names
 
 REDUCTIONS = ("mean", "sum", "none")
-_ASYNC_DEVICES = ("cuda", "xpu")
+_ASYNC_DEVICES = ("cuda", "xpu", "meta")
 
 
 def check_head(
@@ -42,7 +42,7 @@ def check_head(
             "expected weight (V, H) with the same H"
         )
     _same_device("weight", weight, hidden)
-    _same_device("targets", targets, hidden)
+    _here_or_on_host("targets", targets, hidden)
     if hidden.dtype != weight.dtype and not autocast:
         raise TypeError(
             f"hidden and weight must have one dtype outside autocast, got {hidden.dtype} and "
@@ -102,7 +102,7 @@ def check_sequences(
             raise ValueError(
                 f"cu_seqlens must be integers (sequences + 1,), got {_describe(cu_seqlens)}"
             )
-        _same_device("cu_seqlens", cu_seqlens, hidden)
+        _here_or_on_host("cu_seqlens", cu_seqlens, hidden)
         _require(cu_seqlens[0] == 0, "cu_seqlens must start at 0", cu_seqlens)
         total = len(hidden)
         ends = cu_seqlens[-1] == total
@@ -116,7 +116,7 @@ def check_sequences(
         )
     if token_weights is not None:
         _tensor("token_weights", token_weights)
-        _same_device("token_weights", token_weights, hidden)
+        _here_or_on_host("token_weights", token_weights, hidden)
         if token_weights.shape != targets.shape:
             raise ValueError(
                 f"token_weights must have targets' shape {tuple(targets.shape)}, got "
@@ -183,6 +183,11 @@ def _tensor(name: str, value: object) -> None:
 def _same_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
     if tensor.device != hidden.device:
         raise ValueError(f"{name} must be on hidden's device {hidden.device}, got {tensor.device}")
+
+
+def _here_or_on_host(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    if tensor.device.type != "cpu":
+        _same_device(name, tensor, hidden)
 
 
 def _describe(tensor: Tensor) -> str:

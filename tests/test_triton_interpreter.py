@@ -228,7 +228,8 @@ def test_projection_at_the_ends_of_blocks(n, v, h, poison):
 def test_projection_in_several_launches(monkeypatch, poison):
     from fastpref_kernels import forward
 
-    monkeypatch.setattr(forward, "_PARTIAL_BYTES", 16 * 5 * 8 * 5)  # 16 rows of 5 tiles
+    # 16 rows of 5 tiles with 5 values each, and of 16 hidden.
+    monkeypatch.setattr(forward, "_LAUNCH_BYTES", 16 * (5 * 5 + 16) * 8)
     check_projection(make_problem(70, 300, 16, torch.float64, "all", bias=True, index=True))
 
 
@@ -384,6 +385,46 @@ def test_gradient_of_vocabulary_slices_is_that_of_the_whole(poison):
         products, targets, lse, coef, Epilogue(bias), torch.float64, entropy=entropy
     )
     assert torch.equal(torch.cat(slices, 1), whole)
+
+
+@interpreted
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_statistics_of_vocabulary_slices_are_those_of_the_whole(head, dtype, poison):
+    """Slices that end within blocks, one of a single column, one that the bias masks whole."""
+    n, v = 19, 700
+    products, targets, bias, coef, entropy_coef = make_products(n, v, dtype)
+    bias[100:400] = -math.inf
+    targets[(targets >= 100) & (targets < 400)] = 650
+    given = (products, targets, bias, HEADS[head])
+    if "softcap" in HEADS[head]:  # it would make a masked logit finite
+        bias[100:400] = 0
+    truth, z, _ = of_products(*given, torch.float64, coef, None)
+    plain, _, _ = of_products(*given, torch.float32, coef, None)
+    epilogue, state = Epilogue(bias, **HEADS[head]), kernels.new_state(products)
+    for a, b in ((0, 100), (100, 101), (101, 400), (400, v)):
+        found, state = kernels.slice_statistics(
+            embedded(products[:, a:b]), targets, epilogue.sliced(a, b), STATS, a, v, state
+        )
+    logps, lse, extra = found
+    finite = {k: x for k, x in truth.items() if x.dtype == torch.bool or x.isfinite().all()}
+    found = {
+        name: x for name, x in ({"logps": logps, "lse": lse} | extra).items() if name in finite
+    }
+    assert len(found) >= 5
+    z = z.clamp(min=-1e3)
+    check_statistics(found, truth, plain, z, dtype)
+
+
+@interpreted
+def test_gradient_without_the_target(poison):
+    products, targets, bias, coef, _ = make_products(9, 300, torch.float64)
+    _, lse, _ = kernels.row_statistics(products, targets, Epilogue(bias))
+    arguments = targets, lse, coef, Epilogue(bias), torch.float64
+    whole = kernels.row_gradients_(products.clone(), *arguments)
+    others = kernels.row_gradients_(products.clone(), *arguments, at_target=False)
+    here = torch.arange(300) == targets[:, None]
+    assert torch.equal(others, whole.masked_fill(here, 0))
 
 
 # --- pairs --------------------------------------------------------------------------------------
@@ -598,6 +639,7 @@ def test_operators():
     hidden, weight, bias = torch.randn(9, 8), torch.randn(37, 8), torch.randn(37)
     targets, index = torch.randint(0, 37, (6,)), torch.randperm(9)[:6]
     products, rows = torch.randn(6, 37), torch.randn(6)
+    state = kernels.new_state(products)
     head = (bias, 0.7, 4.0, 1.3)
     formula = UniDPO(balance=Balance()).formula()
     pairs = [
@@ -606,8 +648,19 @@ def test_operators():
     ]  # fmt: skip
     arguments = {
         "projection": (hidden, weight, targets, *head, " ".join(STATS), index, torch.float32),
-        "row_statistics": (products, targets, *head, "entropy is_top1"),
-        "row_gradients_": (products, targets, rows, rows, *head, torch.float16, 0, rows, rows),
+        "row_statistics": (products, targets, *head, "entropy is_top1", 0, 37, state),
+        "row_gradients_": (
+            products,
+            targets,
+            rows,
+            rows,
+            *head,
+            torch.float16,
+            0,
+            rows,
+            rows,
+            True,
+        ),
         "weigh_pairs": tuple(pairs),
         "scale_": (products, torch.tensor(2.0)),
         "scaled": (products, torch.tensor(2.0), torch.bfloat16),

@@ -38,6 +38,16 @@ class Head:
     def accumulate_dtype(self) -> torch.dtype:
         return accumulate_dtype(self.compute_dtype)
 
+    @property
+    def options(self) -> dict[str, Tensor | float | None]:
+        """As the public functions take them."""
+        return {
+            "bias": self.bias,
+            "logit_scale": self.logit_scale,
+            "softcap": self.softcap,
+            "temperature": self.temperature,
+        }
+
 
 def accumulate_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 inputs, float32 for all others."""
@@ -95,7 +105,7 @@ class Weighed:
 
 
 class Backend(Protocol):
-    """The four functions every backend has, and two that it may leave to torch (None)."""
+    """The five functions every backend has, and two that it may leave to torch (None)."""
 
     def forward(
         self,
@@ -129,6 +139,20 @@ class Backend(Protocol):
         grads: Grads,
     ) -> None:
         """Writes `grads.hidden`, adds to `grads.weight` and `grads.bias`."""
+
+    def forward_with_gradients(
+        self,
+        hidden: Tensor,  # (n, H)
+        targets: Tensor,  # (n,)
+        head: Head,
+        buffer: Tensor,  # (n, columns), accumulate_dtype, uninitialised
+        stats: tuple[str, ...],
+    ) -> tuple[RowStats, Tensor]:
+        """Statistics of every row, and ∂ℓ/∂h `(n, H)` in accumulate_dtype.
+
+        Slice after slice of `columns`, as an online softmax whose values are rows of the head: what
+        is summed so far shrinks as the log-sum-exp grows. No slice is needed twice.
+        """
 
     def recompute_backward(
         self,

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fastpref.backends import Grads, Head
+from fastpref.backends import Grads, Head, RowStats
 
 # Rows of the weight converted at a time where the products do not take its dtype.
 _CONVERTED_ROWS = 4096
+# Rows of the weight gathered at a time.
+_TARGET_ROWS = 256
 # `mm(..., out_dtype=float32)` keeps the fp32 accumulator of bf16 products; CUDA, torch ≥ 2.8.
 _VERSION = tuple(int(x) for x in torch.__version__.split(".")[:2])
 _MM_OUT_DTYPE = _VERSION >= (2, 8) and torch.version.hip is None
@@ -94,3 +96,20 @@ def sliced_gradients(
         if wants[2]:
             grads.bias[first:last] = grad_bias
     return grads
+
+
+def add_target_rows(
+    grad: Tensor,  # (n, H) −Σ over the other columns of p ∂z/∂h, in and out
+    rows: RowStats,
+    targets: Tensor,  # (n,)
+    head: Head,
+) -> None:
+    """Completes ∂ℓ/∂h by the target's part, (1 − p) ∂z/∂h, of which nothing is rounded."""
+    share = -torch.expm1(rows.logps) * (head.logit_scale / head.temperature)
+    if head.softcap is not None:
+        capped = (rows.logps + rows.lse) * (head.temperature / head.softcap)
+        share *= (1 - capped) * (1 + capped)
+    for start in range(0, len(targets), _TARGET_ROWS):
+        part = slice(start, start + _TARGET_ROWS)
+        of_targets = head.weight[targets[part]].to(head.compute_dtype)
+        grad[part].addcmul_(of_targets.to(grad.dtype), share[part, None])

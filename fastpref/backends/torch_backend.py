@@ -14,6 +14,7 @@ from torch import Tensor
 from fastpref.backends import Grads, Head, RowStats
 from fastpref.backends.products import (
     add_product,
+    add_target_rows,
     as_operand,
     product_dtype,
     sliced_gradients,
@@ -133,6 +134,31 @@ def group_backward(
             grads.hidden.mul_(after)
 
 
+def forward_with_gradients(
+    hidden: Tensor,  # (n, H)
+    targets: Tensor,  # (n,)
+    head: Head,
+    buffer: Tensor,  # (n, columns)
+    stats: tuple[str, ...],
+) -> tuple[RowStats, Tensor]:
+    operand, dtype = as_operand(hidden, head), product_dtype(head)
+    grad = hidden.new_zeros(hidden.shape, dtype=head.accumulate_dtype)
+    fold = _Fold(targets, head.accumulate_dtype, stats)
+    for first, last, weight in weight_slices(head, buffer.shape[1]):
+        z = buffer[:, : last - first]
+        _project(operand, weight, head, first, last, out=z)
+        slope = _softcap_(z, head) if head.softcap is not None else None
+        grad.mul_(fold.add(z, first))  # z is E = exp(z − max z) now
+        _clear_targets(z, targets, first)
+        if slope is not None:
+            z.mul_(slope)
+        add_product(grad, z.to(dtype), weight)
+    grad.mul_(-_slope(head) / fold.total)
+    rows = fold.finish(len(head.weight))
+    add_target_rows(grad, rows, targets, head)
+    return rows, grad
+
+
 def recompute_backward(
     hidden: Tensor,  # (n, H)
     targets: Tensor,  # (n,)
@@ -180,8 +206,12 @@ class _Fold:
         self.sum_ee = of_rows(0) if "log_sum_sq_probs" in stats else None
         self.best = torch.full_like(self.targets, -1) if "is_top1" in stats else None
 
-    def add(self, z: Tensor, first: int) -> None:
-        """Folds logits `z (n, columns)` of the vocabulary from `first` on; z is consumed."""
+    def add(self, z: Tensor, first: int) -> Tensor:
+        """Folds logits `z (n, columns)` of the vocabulary from `first` on.
+
+        They become exp(z − peak) in place. Returns `(n, 1)`, by what sums of such exponentials of
+        earlier slices shrink.
+        """
         local = self.targets - first
         here = (local >= 0) & (local < z.shape[1])
         target_z = z.gather(-1, local.clamp(0, z.shape[1] - 1))
@@ -205,6 +235,7 @@ class _Fold:
             self.sum_ee = shrink**2 * self.sum_ee + _weighted_sum(e, e)
         self.total = shrink * self.total + e.sum(-1, keepdim=True)
         self.peak = peak
+        return shrink
 
     def finish(self, vocabulary: int) -> RowStats:
         log_total = self.total.log()
@@ -257,6 +288,14 @@ def _add_at_targets(z: Tensor, targets: Tensor, first: int, value: Tensor) -> No
     local = (targets - first)[:, None]
     here = (local >= 0) & (local < z.shape[1])
     z.scatter_add_(-1, local.clamp(0, z.shape[1] - 1), torch.where(here, value, 0))
+
+
+def _clear_targets(z: Tensor, targets: Tensor, first: int) -> None:
+    """Zeroes each row's target in `z (n, columns)`, if it lies in this slice."""
+    local = (targets - first)[:, None]
+    here = (local >= 0) & (local < z.shape[1])
+    local = local.clamp(0, z.shape[1] - 1)
+    z.scatter_(-1, local, torch.where(here, 0, z.gather(-1, local)))
 
 
 def _finite(z: Tensor) -> Tensor:

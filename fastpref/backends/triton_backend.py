@@ -15,6 +15,7 @@ from torch import Tensor
 from fastpref.backends import Grads, Head, RowStats, Weighed
 from fastpref.backends.products import (
     add_product,
+    add_target_rows,
     as_operand,
     product_dtype,
     sliced_gradients,
@@ -72,6 +73,36 @@ def group_backward(
         grads.hidden.zero_()
         for first, last, weight in weight_slices(head):
             add_product(grads.hidden, grad_logits[:, first:last], weight)
+
+
+def forward_with_gradients(
+    hidden: Tensor,  # (n, H)
+    targets: Tensor,  # (n,)
+    head: Head,
+    buffer: Tensor,  # (n, columns)
+    stats: tuple[str, ...],
+) -> tuple[RowStats, Tensor]:
+    operand, dtype, epilogue = as_operand(hidden, head), product_dtype(head), _epilogue(head)
+    grad = hidden.new_zeros(hidden.shape, dtype=head.accumulate_dtype)
+    state, vocabulary = kernels.new_state(buffer), len(head.weight)
+    minus_infinity = torch.finfo(buffer.dtype).min  # a slice that a bias masks whole adds nothing
+    ones = torch.ones_like(state[0])
+    lse = ones * minus_infinity
+    for first, last, weight in weight_slices(head, buffer.shape[1]):
+        products, of_columns = buffer[:, : last - first], epilogue.sliced(first, last)
+        _product(operand, weight.T, out=products)
+        found, state = kernels.slice_statistics(
+            products, targets, of_columns, stats, first, vocabulary, state
+        )
+        rows = RowStats(*found)
+        before, lse = lse, rows.lse.clamp(min=minus_infinity)
+        grad.mul_((before - lse).exp_()[:, None])
+        grad_logits = kernels.row_gradients_(
+            products, targets, lse, ones, of_columns, dtype, first, at_target=False
+        )
+        add_product(grad, grad_logits, weight)
+    add_target_rows(grad, rows, targets, head)
+    return rows, grad
 
 
 def recompute_backward(

@@ -17,9 +17,11 @@ if HAS_TRITON:
         row_gradients_,
         row_statistics,
         scaled,
+        slice_statistics,
         weigh_pairs,
     )
     from .pairs import METRICS
+    from .rows import new_state
 
     __all__ += [
         "METRICS",
@@ -27,9 +29,11 @@ if HAS_TRITON:
         "CompileCase",
         "Epilogue",
         "compile_cases",
+        "new_state",
         "projection_statistics",
         "row_gradients_",
         "row_statistics",
         "scaled",
+        "slice_statistics",
         "weigh_pairs",
     ]

@@ -54,6 +54,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
         _merge(rich=True),
         _row_statistics(rich=False),
         _row_statistics(rich=True),
+        _row_statistics(rich=True, sliced=True),
         _row_gradients(half, rich=False),
         _row_gradients(half, rich=True),
         _pairs(rich=False),
@@ -108,13 +109,15 @@ def _merge(*, rich: bool) -> CompileCase:
     )
 
 
-def _row_statistics(*, rich: bool) -> CompileCase:
+def _row_statistics(*, rich: bool, sliced: bool = False) -> CompileCase:
     config = rows_config()
     return _case(
         row_statistics_kernel,
-        "all statistics" if rich else "",
+        ("all statistics" if rich else "") + (", of slices" if sliced else ""),
         _types(row_statistics_kernel, bias_ptr="*bf16", is_top1_ptr="*i8" if rich else "*fp32"),
-        _head(rich) | _statistics(rich) | {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v},
+        _head(rich)
+        | _statistics(rich)
+        | {"HAS_STATE": sliced, "BLOCK_N": config.block_n, "BLOCK_V": config.block_v},
         aligned=("columns", "stride"),
         num_warps=config.num_warps,
     )
@@ -126,7 +129,13 @@ def _row_gradients(dtype: torch.dtype, *, rich: bool) -> CompileCase:
         row_gradients_kernel,
         f"{_NAMES[dtype]}{', entropy' if rich else ''}",
         _types(row_gradients_kernel, bias_ptr="*bf16", grad_ptr=f"*{_NAMES[dtype]}"),
-        _head(rich) | {"HAS_ENTROPY": rich, "BLOCK_N": config.block_n, "BLOCK_V": config.block_v},
+        _head(rich)
+        | {
+            "HAS_ENTROPY": rich,
+            "HAS_TARGET": True,
+            "BLOCK_N": config.block_n,
+            "BLOCK_V": config.block_v,
+        },
         aligned=("columns", "stride", "grad_stride"),
         num_warps=config.num_warps,
     )

@@ -24,8 +24,8 @@ from .primitives import (
 )
 from .rows import as_booleans, new_statistics, statistics_flags, statistics_pointers
 
-# What the tiles' values may take: rows beyond it go in a launch of their own.
-_PARTIAL_BYTES = 16 * 2**20
+# What the tiles' values and a copy of the rows may take: more rows go in a launch of their own.
+_LAUNCH_BYTES = 32 * 2**20
 # Bytes of the weight converted at a time where the products do not take its dtype.
 _CONVERTED_BYTES = 64 * 2**20
 BAND = 8  # row blocks that share the weight's tiles while those are in the L2 cache
@@ -217,7 +217,8 @@ def projection_statistics(
 
     logps, lse = (hidden.new_empty(rows, dtype=wide) for _ in range(2))
     extra = new_statistics(logps, stats)
-    step = max(1, _PARTIAL_BYTES // (tiles * values * wide.itemsize) // config.block_n)
+    of_row = tiles * values * wide.itemsize + weight.shape[1] * dtype.itemsize
+    step = max(1, _LAUNCH_BYTES // of_row // config.block_n)
     step *= config.block_n
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))

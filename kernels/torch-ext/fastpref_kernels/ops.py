@@ -30,7 +30,7 @@ def projection_statistics(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Log-probability and log-sum-exp `(n,)` of each row, nats, and the asked-for statistics.
 
-    fp32, or fp64 for fp64 operands. Holds 16 MiB beside its results, besides conversions.
+    fp32, or fp64 for fp64 operands. Holds 32 MiB beside its results, besides conversions.
     """
     logps, lse, *extra = projection_op(
         hidden, weight, targets, *_of(epilogue), " ".join(stats), index, dtype or hidden.dtype
@@ -74,8 +74,29 @@ def row_statistics(
     stats: tuple[str, ...] = (),
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Log-probability and log-sum-exp `(n,)` of each row, nats, and the asked-for statistics."""
-    logps, lse, *extra = row_statistics_op(products, targets, *_of(epilogue), " ".join(stats))
+    logps, lse, *extra = row_statistics_op(
+        products, targets, *_of(epilogue), " ".join(stats), 0, products.shape[1], None
+    )
     return logps, lse, dict(zip(stats, extra, strict=True))
+
+
+def slice_statistics(
+    products: Tensor,  # (n, columns) W h of the vocabulary from `first` on
+    targets: Tensor,  # (n,) int64
+    epilogue: Epilogue,
+    stats: tuple[str, ...],
+    first: int,
+    vocabulary: int,
+    state: Tensor,  # (7, n), from `new_state` or the slice before
+) -> tuple[tuple[Tensor, Tensor, dict[str, Tensor]], Tensor]:
+    """As `row_statistics` of all columns so far, and the state for the next slice.
+
+    Only the log-sum-exp means something before the last slice.
+    """
+    logps, lse, *extra, state = row_statistics_op(
+        products, targets, *_of(epilogue), " ".join(stats), first, vocabulary, state
+    )
+    return (logps, lse, dict(zip(stats, extra, strict=True))), state
 
 
 @custom_op(f"{_NAMESPACE}::row_statistics", mutates_args=())
@@ -87,16 +108,23 @@ def row_statistics_op(
     softcap: float | None,
     temperature: float,
     stats: str,  # names with spaces between
+    first: int,
+    vocabulary: int,
+    state: Tensor | None,
 ) -> list[Tensor]:
     epilogue = Epilogue(bias, logit_scale, softcap, temperature)
+    state = [] if state is None else [state.clone()]
     with device_of(products):
-        found = rows.row_statistics(products, targets, epilogue, stats.split())
-    return _flat(found)
+        found = rows.row_statistics(
+            products, targets, epilogue, stats.split(), first, vocabulary, *state
+        )
+    return _flat(found) + state
 
 
 @row_statistics_op.register_fake
-def _(products, targets, bias, logit_scale, softcap, temperature, stats):
-    return _like_statistics(targets, products.dtype, stats.split())
+def _(products, targets, bias, logit_scale, softcap, temperature, stats, first, vocabulary, state):
+    found = _like_statistics(targets, products.dtype, stats.split())
+    return found if state is None else [*found, torch.empty_like(state)]
 
 
 def row_gradients_(
@@ -108,15 +136,26 @@ def row_gradients_(
     dtype: torch.dtype,
     first: int = 0,
     entropy: tuple[Tensor, Tensor] | None = None,  # entropies (n,) and their coefficients (n,)
+    at_target: bool = True,
 ) -> Tensor:
     """Gradient of Σ coef·ℓ with respect to W h + b: `(n, columns)` of `dtype`, in place.
 
     `products` are columns `first` and on of the vocabulary. The result lies in their memory; where
     `dtype` is narrower, each row in the front of its old one. Rows of coefficient 0 are not read.
+    Without `at_target` a row's target gets 0, for the caller to add what `lse` does not tell yet.
     """
     entropies, entropy_coefs = entropy or (None, None)
     row_gradients_op(
-        products, targets, lse, coef, *_of(epilogue), dtype, first, entropies, entropy_coefs
+        products,
+        targets,
+        lse,
+        coef,
+        *_of(epilogue),
+        dtype,
+        first,
+        entropies,
+        entropy_coefs,
+        at_target,
     )
     return rows.narrowed(products, dtype)
 
@@ -135,11 +174,14 @@ def row_gradients_op(
     first: int,
     entropies: Tensor | None,
     entropy_coefs: Tensor | None,
+    at_target: bool,
 ) -> None:
     epilogue = Epilogue(bias, logit_scale, softcap, temperature)
     entropy = None if entropies is None else (entropies, entropy_coefs)
     with device_of(products):
-        rows.row_gradients_(products, targets, lse, coef, epilogue, dtype, first, entropy)
+        rows.row_gradients_(
+            products, targets, lse, coef, epilogue, dtype, first, entropy, at_target
+        )
 
 
 @row_gradients_op.register_fake

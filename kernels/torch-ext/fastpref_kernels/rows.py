@@ -3,7 +3,7 @@
 Both read what a matrix product wrote, W h in fp32, and apply the head's epilogue on the way, so
 logits themselves are never stored. The gradient `coef·(onehot − p)·slope` takes the products'
 place, in the dtype that the next product multiplies. A row belongs to one program, which walks
-along the vocabulary.
+along the vocabulary: all of it, or one slice, with what the slices before it left as `state`.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,12 @@ from .primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "first"])
 def row_statistics_kernel(
-    products_ptr,  # (rows, columns) W h
+    products_ptr,  # (rows, columns) W h of the vocabulary from `first` on
     bias_ptr,  # (columns,)
     targets_ptr,  # (rows,)
+    state_ptr,  # (7, rows) in and out: running values over the columns before `first`
     logps_ptr,  # (rows,) out, as the five below
     lse_ptr,
     entropy_ptr,
@@ -37,6 +38,8 @@ def row_statistics_kernel(
     log_sum_sq_ptr,
     rows,
     columns,
+    first,
+    vocabulary,
     stride,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
@@ -46,6 +49,7 @@ def row_statistics_kernel(
     HAS_MEAN: tl.constexpr,
     HAS_TOP1: tl.constexpr,
     HAS_LOG_SUM_SQ: tl.constexpr,
+    HAS_STATE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -57,6 +61,14 @@ def row_statistics_kernel(
     zero = tl.zeros((BLOCK_N,), products_ptr.dtype.element_ty)
     peak, total, sum_ez, sum_ee = zero + float("-inf"), zero, zero, zero
     sum_z, target_z, best = zero, zero, target * 0 - 1
+    if HAS_STATE:
+        peak = tl.load(state_ptr + row, is_row, other=0.0)
+        total = tl.load(state_ptr + rows + row, is_row, other=0.0)
+        sum_ez = tl.load(state_ptr + 2 * rows + row, is_row, other=0.0)
+        sum_ee = tl.load(state_ptr + 3 * rows + row, is_row, other=0.0)
+        sum_z = tl.load(state_ptr + 4 * rows + row, is_row, other=0.0)
+        target_z = tl.load(state_ptr + 5 * rows + row, is_row, other=0.0)
+        best = tl.load(state_ptr + 6 * rows + row, is_row, other=0.0).to(target.dtype)
     for start in range(0, columns, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         is_column = column < columns
@@ -70,15 +82,24 @@ def row_statistics_kernel(
         z, _ = head_epilogue(product, bias, INNER, OUTER, HAS_SOFTCAP)
         if HAS_MEAN:
             sum_z += tl.sum(z, 1)  # beyond the vocabulary a logit is still 0 here
-        target_z += tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
+        is_target = first + column[None, :] == target[:, None]
+        target_z += tl.sum(tl.where(is_target & is_column[None, :], z, 0.0), 1)
         z = tl.where(is_column[None, :], z, float("-inf"))
         if HAS_TOP1:
-            best = online_argmax_update(best, peak, z, start)
+            best = online_argmax_update(best, peak, z, first + start)
         peak, total, sum_ez, sum_ee = online_softmax_update(
             peak, total, sum_ez, sum_ee, z, HAS_ENTROPY, HAS_LOG_SUM_SQ
         )
+    if HAS_STATE:
+        tl.store(state_ptr + row, peak, is_row)
+        tl.store(state_ptr + rows + row, total, is_row)
+        tl.store(state_ptr + 2 * rows + row, sum_ez, is_row)
+        tl.store(state_ptr + 3 * rows + row, sum_ee, is_row)
+        tl.store(state_ptr + 4 * rows + row, sum_z, is_row)
+        tl.store(state_ptr + 5 * rows + row, target_z, is_row)
+        tl.store(state_ptr + 6 * rows + row, best.to(zero.dtype), is_row)
     store_statistics(
-        peak, total, sum_ez, sum_ee, sum_z, best, target_z, target, columns,
+        peak, total, sum_ez, sum_ee, sum_z, best, target_z, target, vocabulary,
         logps_ptr, lse_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_ptr, row, is_row,
         HAS_ENTROPY, HAS_MEAN, HAS_TOP1, HAS_LOG_SUM_SQ,
     )  # fmt: skip
@@ -104,6 +125,7 @@ def row_gradients_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -133,7 +155,10 @@ def row_gradients_kernel(
         z, slope = head_epilogue(product, bias, INNER, OUTER, HAS_SOFTCAP)
         log_p = z - lse
         p = tl.exp(log_p)
-        grad = coef * tl.where(column[None, :] == target, 1.0 - p, -p)  # before any rounding
+        at_target = 0.0
+        if HAS_TARGET:
+            at_target = 1.0 - p  # before any rounding
+        grad = coef * tl.where(column[None, :] == target, at_target, -p)
         if HAS_ENTROPY:  # ∂H/∂z = −p (log p + H)
             grad -= entropy_coef * p * (finite(log_p) + entropy)
         grad = tl.where(live, grad * slope, 0.0)
@@ -143,11 +168,22 @@ def row_gradients_kernel(
         tl.store(grad_line_ptr + column[None, :], rounded(grad, grad_ptr.dtype.element_ty), within)
 
 
+def new_state(products: Tensor) -> Tensor:
+    """What is known of each row before its first slice: `(7, n)`."""
+    state = products.new_zeros(7, len(products))
+    state[0] = -torch.inf  # the largest logit so far
+    state[6] = -1  # its column
+    return state
+
+
 def row_statistics(
-    products: Tensor,  # (n, V) W h; fp32 or fp64
+    products: Tensor,  # (n, columns) W h; fp32 or fp64
     targets: Tensor,  # (n,) int64
     epilogue: Epilogue,
     stats: list[str],
+    first: int,
+    vocabulary: int,
+    state: Tensor | None = None,  # (7, n), updated; with it `products` may be a slice
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Log-probabilities, log-sum-exps and further statistics of all rows in one launch."""
     rows, columns = products.shape
@@ -159,12 +195,16 @@ def row_statistics(
             products,
             epilogue.bias_or(products),
             targets,
+            products if state is None else state,
             *statistics_pointers(logps, lse, extra),
             rows,
             columns,
+            first,
+            vocabulary,
             products.stride(0),
             **epilogue.flags(),
             **statistics_flags(stats),
+            HAS_STATE=state is not None,
             BLOCK_N=config.block_n,
             BLOCK_V=config.block_v,
             num_warps=config.num_warps,
@@ -181,6 +221,7 @@ def row_gradients_(
     dtype: torch.dtype,
     first: int,
     entropy: tuple[Tensor, Tensor] | None,  # entropies (n,) and their coefficients (n,)
+    at_target: bool,
 ) -> None:
     """Puts the gradient of Σ coef·ℓ with respect to W h + b where `narrowed` finds it."""
     rows, columns = products.shape
@@ -204,6 +245,7 @@ def row_gradients_(
             grad.stride(0),
             **epilogue.flags(),
             HAS_ENTROPY=entropy is not None,
+            HAS_TARGET=at_target,
             BLOCK_N=config.block_n,
             BLOCK_V=config.block_v,
             num_warps=config.num_warps,

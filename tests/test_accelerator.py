@@ -1,0 +1,175 @@
+"""A step on an accelerator, without one: on meta tensors, which have shapes and no values.
+
+Whatever would make the host wait for the device needs a value and raises here. And every allocation
+is seen, so the peak at the size of an 8 B model's head is known exactly, but for what libraries and
+kernels take inside an operator.
+"""
+
+import fastpref_kernels
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastpref import (
+    DPO,
+    Balance,
+    SimPO,
+    UniDPO,
+    linear_logps,
+    loss,
+    make_plan,
+    preference_loss,
+    sequence_logps,
+)
+from fastpref.backends import products, torch_backend
+from fastpref.estimate import estimates, problem_for
+from fastpref.planner import MIB
+
+BACKENDS = ["torch"] + ["triton"] * fastpref_kernels.HAS_TRITON
+STATS = ("entropy", "mean_logits", "is_top1")
+
+
+class OwnDPO(DPO):
+    """Without a formula for the fused kernel: autograd differentiates it."""
+
+    def formula(self):
+        return None
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """Chosen for meta tensors as it would be for a GPU's, which multiplies half precision."""
+    if request.param == "triton":
+        from fastpref.backends import triton_backend as chosen
+    else:
+        chosen = torch_backend
+    monkeypatch.setattr(loss, "choose_backend", lambda *_: chosen)
+    monkeypatch.setattr(products, "multiplies_half", lambda _: True)
+    return request.param
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes of meta storages alive at once, beside those of `inputs`."""
+
+    def __init__(self, *inputs):
+        super().__init__()
+        self.alive = {}
+        self.inputs = {x.untyped_storage()._cdata for x in inputs}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.alive = {key: x for key, x in self.alive.items() if not x[0].expired()}
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.inputs:
+                    self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return found
+
+
+def batch(pairs, length, hidden_size, vocabulary, *, frozen=False, prompt=0):
+    """Everything on the device but the targets, which are where a data loader leaves them."""
+    shape = 2 * pairs, prompt + length
+
+    def empty(*size):
+        return torch.empty(size, dtype=torch.bfloat16, device="meta")
+
+    targets = torch.randint(0, vocabulary, shape)
+    targets[:, :prompt] = -100
+    hidden = empty(*shape, hidden_size).requires_grad_()
+    return hidden, empty(vocabulary, hidden_size).requires_grad_(not frozen), targets
+
+
+@pytest.mark.parametrize("schedule", ["pair_groups", "frozen_head", "recompute"])
+@pytest.mark.parametrize("objective", [UniDPO(), SimPO(balance=Balance()), OwnDPO()])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_reads_nothing_back(schedule, objective, packed, backend):
+    hidden, weight, targets = batch(3, 7, 16, 1009, frozen=schedule == "frozen_head", prompt=4)
+    targets[1] = -100  # an empty response
+    sequences = torch.empty(6, device="meta")
+    cu_seqlens, token_weights = None, torch.empty(targets.shape, device="meta")
+    if packed:
+        hidden, targets = hidden.detach().flatten(0, 1).requires_grad_(), targets.flatten()
+        cu_seqlens, token_weights = torch.arange(7) * 11, None
+    output = preference_loss(
+        hidden,
+        weight,
+        targets,
+        objective,
+        ref_logps=sequences,
+        scores=sequences,
+        cu_seqlens=cu_seqlens,
+        token_weights=token_weights,
+        schedule=schedule,
+        logits_budget=16 * 4036,
+        stats=STATS,
+    )
+    output.loss.backward()
+    assert output.plan.schedule == schedule
+    assert hidden.grad.shape == hidden.shape
+    assert (weight.grad is None) == (schedule == "frozen_head")
+
+
+def test_log_probabilities_read_nothing_back(backend):
+    hidden, weight, targets = batch(2, 5, 16, 1009, prompt=3)
+    logps, found = linear_logps(hidden, weight, targets, stats=STATS)
+    (logps.sum() + found["entropy"].sum()).backward()
+    sums, lengths = sequence_logps(hidden, weight, targets)
+    assert sums.shape == lengths.shape == (4,)
+
+
+def test_targets_on_the_device_are_read_back(backend):
+    """What the others would not do: the check above can fail."""
+    hidden, weight, targets = batch(2, 5, 16, 1009)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        preference_loss(hidden, weight, targets.to("meta"), "simpo")
+
+
+# Llama-3-8B's head; 8 pairs of 2 × 1,024 scored tokens. The most GB, gradients included.
+LARGE = 8, 1024, 4096, 128256
+
+
+@pytest.mark.parametrize(
+    ("schedule", "frozen", "most"),
+    [
+        ("pair_groups", False, 3.51),
+        ("frozen_head", True, 0.34),
+        ("recompute", False, 1.6),
+        ("recompute", True, 0.48),
+    ],
+)
+def test_peak_of_an_8b_models_head(schedule, frozen, most, backend):
+    if backend == "torch":
+        pytest.skip("an accelerator's plan is for its own kernels")
+    hidden, weight, targets = batch(*LARGE, frozen=frozen)
+    references = torch.empty(16, device="meta")
+    with PeakBytes(hidden, weight, references) as used:
+        output = preference_loss(
+            hidden, weight, targets, "dpo", ref_logps=references, schedule=schedule, stats=STATS
+        )
+        output.loss.backward()
+    assert used.peak <= most * 1e9
+    # The plan counts the library's workspace too.
+    assert output.plan.extra_bytes == pytest.approx(used.peak + 32 * MIB, rel=0.05)
+
+
+def test_peak_of_a_reference(backend):
+    """With the 32 MiB that the tile kernel takes for itself."""
+    if backend == "torch":
+        pytest.skip("an accelerator's plan is for its own kernels")
+    hidden, weight, targets = batch(*LARGE)
+    with torch.no_grad(), PeakBytes(hidden, weight) as used:
+        sequence_logps(hidden, weight, targets)
+    assert used.peak + 32 * MIB <= 50e6
+
+
+def test_peaks_beside_trl():
+    """Predicted shares of TRL's peak at that size, as the README gives them."""
+    for lora, schedule, share in ((False, "pair_groups", 0.91), (True, "frozen_head", 0.5)):
+        problem = problem_for(4096, 128256, pairs=8, length=1024, lora=lora)
+        trl = {each.name: each.extra_bytes for each in estimates(problem)}["TRL 1.16"]
+        assert make_plan(problem, pairs=True, schedule=schedule).extra_bytes <= share * trl
