@@ -26,6 +26,7 @@ DEFAULT_ACCELERATOR_BUDGET = 1024 * MIB
 # Tiles are folded or consumed at once, so they need no more than keeps the products efficient.
 _TILE_SHARE = 8
 _MOST_TILE_BYTES = 64 * MIB
+_TILE_KERNEL_BYTES = 32 * MIB  # of an accelerator's own kernel: values of tiles, rows of a launch
 _MIN_TILE_COLUMNS = 512
 _MAX_TILE_COLUMNS = 8192
 # The frozen head's rows carry a sum of H along every slice: few enough for it to stay in the cache,
@@ -266,7 +267,7 @@ def _extra_bytes(problem: Problem, schedule: str, held: int, tile: tuple[int, in
     head = problem.vocabulary * problem.hidden_size * problem.head_grad
     tile_bytes = tile[0] * tile[1] * wide + workspace_bytes(problem, *tile)
     if schedule == "forward":
-        return tile_bytes + rows * narrow
+        return tile_bytes + rows * narrow if problem.device == "cpu" else _TILE_KERNEL_BYTES
     if schedule == "recompute":
         # Compacted rows, their conversion, their gradient; afterwards that is laid out whole.
         running = tile_bytes + rows * (narrow + wide * converts * (problem.device == "cpu"))

@@ -12,7 +12,7 @@ import fastpref_kernels as kernels
 from fastpref_kernels import Epilogue
 
 from fastpref import Balance, UniDPO, linear_logps, preference_loss, reference
-from fastpref.backends import Grads, Head, choose_backend, triton_backend
+from fastpref.backends import choose_backend, triton_backend
 from fastpref.backends.products import multiplies_half
 from fastpref.verify import (
     SHAPES,
@@ -140,30 +140,18 @@ def run(schedule, dtype, call=preference_loss):
 
 @gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="CUDA sees synchronisations")
-def test_no_function_of_the_backend_waits_for_the_device():
-    batch = make_batch(SHAPES[2], torch.bfloat16, DEVICE)
-    head = Head(batch.weight, None, 1.0, None, 1.0, torch.bfloat16)
-    hidden, targets = batch.hidden.flatten(0, -2), batch.targets.flatten().clamp(min=0)
-    n, v = len(hidden), len(batch.weight)
-    offsets = torch.arange(5, device=DEVICE) * (n // 4)
-    pairs = {"first": 0, "last": 2, "divisor": 2, "ref_logps": draw(2, 2), "scores": draw(2, 2)}
-    formula, upstream = UniDPO().formula(), torch.tensor(0.5, device=DEVICE)
+@pytest.mark.parametrize("schedule", ["pair_groups", "recompute", "frozen_head"])
+def test_no_step_waits_for_the_device(schedule):
+    """With targets where a data loader leaves them."""
+    batch = make_batch(SHAPES[1], torch.bfloat16, DEVICE)
+    hidden = batch.hidden.clone().requires_grad_()
+    weight = batch.weight.clone().requires_grad_(schedule != "frozen_head")
+    targets = batch.targets.cpu()
+    options = {k: x.cpu() if k == "cu_seqlens" else x for k, x in batch.options.items()}
 
     def step():
-        triton_backend.forward(hidden, None, targets, head, (n, v), STATS)
-        buffer = hidden.new_empty(n, v, dtype=torch.float32)
-        rows = triton_backend.group_forward(hidden, targets, head, buffer, STATS)
-        weighed = triton_backend.weigh_pairs(rows.logps, offsets, formula, **pairs)
-        grads = Grads(
-            torch.zeros_like(hidden.float()), torch.zeros_like(batch.weight.float()), None
-        )
-        given = (hidden, targets, head)
-        triton_backend.group_backward(*given, buffer, rows, weighed.coef, grads)
-        triton_backend.recompute_backward(
-            *given, rows.lse, weighed.coef, None, (n, 256), (True, True, False)
-        )
-        triton_backend.scaled(grads.weight, upstream, torch.bfloat16)
-        triton_backend.scaled(grads.weight, upstream, torch.float32)
+        how = {"schedule": schedule, "stats": STATS[:3]} | options
+        preference_loss(hidden, weight, targets, UniDPO(), **how).loss.backward()
 
     step()  # compiles, and puts the objective's numbers on the device
     with no_sync():
@@ -212,8 +200,8 @@ def test_compiled_linear_logps_equal_eager():
 def test_forward_only_holds_no_logits():
     if DEVICE != "cuda":
         pytest.skip("CUDA counts its memory")
-    hidden = draw(16384, 512, dtype=torch.bfloat16)
-    weight = draw(VOCABULARY, 512, dtype=torch.bfloat16)
+    hidden = draw(16384, 4096, dtype=torch.bfloat16)
+    weight = draw(VOCABULARY, 4096, dtype=torch.bfloat16)
     targets = torch.randint(0, VOCABULARY, (16384,), device=DEVICE)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
