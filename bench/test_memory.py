@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from fastpref.benchmark.measure import peak_memory, runnable
+from fastpref.benchmark.measure import peak_memory, predicted_memory, runnable
+from fastpref.benchmark.peers import PEERS
 from fastpref.benchmark.report import MB
 from fastpref.benchmark.suite import CPU_QUICK, CPU_SPEED
 from fastpref.benchmark.workloads import make_inputs
-from fastpref.estimate import estimates
 
 # Peak MB; 8 pairs × 2 × 256 tokens, H 576, V 49152, float32, gradients included.
 TARGETS = {"pair groups": 450, "frozen head": 250, "recompute": 300}
@@ -41,27 +41,16 @@ def test_growth_with_the_pairs(benchmark, schedule, device):
     assert rows * 49152 * 4 / MB > 50 * of_hidden_size  # what logits would add
 
 
-# What `fastpref plan` calls it, by what the benchmark calls it.
-PLANNED = {
-    "fastpref pair groups": "pair_groups",
-    "fastpref frozen head": "frozen_head",
-    "fastpref recompute": "recompute",
-    "naive": "naive",
-    "TRL 1.16 chunked": "TRL 1.16",
-    "Liger DPO": "Liger DPO",
-}
-
-
-@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("name", [name for name in PEERS if not PEERS[name].compiles])
 @pytest.mark.parametrize("workload", [*CPU_QUICK, *CPU_SPEED], ids=lambda workload: workload.name)
 def test_predictions_of_plan(benchmark, workload, name, device):
     """Predicted bytes within a tenth of the measured ones."""
     if device != "cpu":
         pytest.skip("the workloads are for a CPU")
+    predicted = predicted_memory(workload, name, device)
     _, skipped = runnable([name], make_inputs(workload, device))
-    if skipped:
-        pytest.skip(skipped[name])
-    predicted = {e.name: e.extra_bytes for e in estimates(workload.problem(device))}[PLANNED[name]]
-    measured = benchmark.pedantic(peak_memory, (workload, name, device), rounds=1)["bytes"]
+    if skipped or predicted is None:
+        pytest.skip(skipped.get(name, "fastpref plan does not know this peer"))
+    measured = benchmark.pedantic(peak_memory, (workload, name, device, 1), rounds=1)["bytes"]
     benchmark.extra_info.update({"measured MB": measured / MB, "predicted MB": predicted / MB})
     assert predicted == pytest.approx(measured, rel=0.1)

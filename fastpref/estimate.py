@@ -101,8 +101,11 @@ def estimates(problem: Problem, budget: int | None = None) -> list[Estimate]:
     for schedule in schedules:
         plan = make_plan(problem, pairs=True, budget=budget, schedule=schedule)
         products = plan.flop / _product(problem)
-        passes = {"pair_groups": 14, "frozen_head": 12, "recompute": 8}[schedule]
-        moved = passes * problem.rows * problem.vocabulary + _operands(problem, products)
+        # Bytes a logit: fp32 written, read for statistics (recompute has them) and for its
+        # gradient, that written in 16 bits and read by each product that takes it.
+        wanted = problem.hidden_grad + problem.head_grad
+        of_logit = 4 + 4 * (schedule != "recompute") + 4 + 2 + 2 * wanted
+        moved = of_logit * problem.rows * problem.vocabulary + _operands(problem, products)
         found.append(
             Estimate(
                 schedule,
@@ -164,14 +167,14 @@ def _trl(problem: Problem) -> Estimate:
     """TRL 1.16: a tile of logits, float32 gradients, one recomputation.
 
     On a CPU it projects every position, and its fold and gradient are torch expressions over the
-    tile: nine of them at once.
+    tile: eight of them and a mask at once.
     """
     products = 2 + problem.hidden_grad + problem.head_grad
     wide, narrow = problem.element_bytes, problem.dtype.itemsize
     elements = sum(_gradient_elements(problem))
     on_cpu = problem.device == "cpu"
     tile = min(problem.total_rows if on_cpu else problem.rows, TRL_ROWS) * TRL_COLUMNS
-    tile_bytes = 9 * tile * wide if on_cpu else tile * narrow
+    tile_bytes = tile * (8 * wide + 1) if on_cpu else tile * narrow
     accumulators = elements * (wide + (narrow if narrow != wide else 0))
     moved = (4 * narrow + 6) * problem.rows * problem.vocabulary + _operands(problem, products)
     compacted = 0 if on_cpu else problem.rows * problem.hidden_size * narrow

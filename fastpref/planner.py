@@ -32,7 +32,7 @@ _MAX_TILE_COLUMNS = 8192
 # The frozen head's rows carry a sum of H along every slice: few enough for it to stay in the cache,
 # many enough to read the head seldom.
 _FROZEN_ROWS = 1024
-# MKL has its own way with them.
+# MKL has its own way with them; byte predictions for a CPU are for the kind that predicts.
 _CPU_INFO = Path("/proc/cpuinfo")
 _IS_INTEL = not _CPU_INFO.exists() or "GenuineIntel" in _CPU_INFO.read_text()
 
@@ -109,6 +109,11 @@ class Problem:
         return self.accumulate_dtype.itemsize
 
     @property
+    def has_tile_kernel(self) -> bool:
+        """`forward` runs in a kernel of its own, from which no logit reaches memory."""
+        return self.device in ("cuda", "xpu")
+
+    @property
     def row_bytes(self) -> int:
         """Of a row of logits."""
         return self.vocabulary * self.element_bytes
@@ -161,6 +166,9 @@ def make_plan(
         rows_of = [sum(problem.counts[2 * a : 2 * b]) for a, b in groups]
         # A pair beyond the budget goes through in even pieces.
         held = max(b - a for rows in rows_of for a, b in even_ranges(rows, group_rows))
+    logits_bytes = held * problem.row_bytes or tile[0] * tile[1] * problem.element_bytes
+    if chosen == "forward" and problem.has_tile_kernel:
+        logits_bytes = 0
     return Plan(
         schedule=chosen,
         reason=reason,
@@ -168,8 +176,7 @@ def make_plan(
         group_rows=held,
         tile=tile,
         flop=_flop(problem, chosen, group_rows),
-        logits_bytes=held * problem.row_bytes
-        or tile[0] * tile[1] * problem.accumulate_dtype.itemsize,
+        logits_bytes=logits_bytes,
         extra_bytes=_extra_bytes(problem, chosen, held, tile),
         naive_bytes=naive_bytes(problem),
     )
@@ -266,15 +273,22 @@ def _extra_bytes(problem: Problem, schedule: str, held: int, tile: tuple[int, in
     whole = problem.total_rows * problem.hidden_size * problem.hidden_grad
     head = problem.vocabulary * problem.hidden_size * problem.head_grad
     tile_bytes = tile[0] * tile[1] * wide + workspace_bytes(problem, *tile)
+    if problem.device == "cpu":  # whose products convert a slice of the head
+        tile_bytes += tile[1] * problem.hidden_size * wide * converts
     if schedule == "forward":
-        return tile_bytes + rows * narrow if problem.device == "cpu" else _TILE_KERNEL_BYTES
+        if problem.has_tile_kernel:
+            return _TILE_KERNEL_BYTES
+        return tile_bytes + rows * narrow
     if schedule == "recompute":
         # Compacted rows, their conversion, their gradient; afterwards that is laid out whole.
         running = tile_bytes + rows * (narrow + wide * converts * (problem.device == "cpu"))
+        if problem.head_grad:  # of a slice of the head
+            running += tile[1] * problem.hidden_size * wide * converts
         return max(running, whole * narrow) + rows * wide * problem.hidden_grad + head * narrow
     if schedule == "frozen_head":  # the gradient of a tile's rows beside that of all
         of_tile = tile[0] * problem.hidden_size * (wide + narrow + wide * converts)
-        return tile_bytes + of_tile + whole * narrow + rows * narrow * converts
+        rest = {torch.bfloat16: 2, torch.float16: 4}.get(problem.dtype, 0)
+        return tile_bytes + of_tile + whole * narrow + rows * rest
     logits = held * problem.row_bytes + workspace_bytes(problem, held, problem.vocabulary)
     of_group = 2 * held * problem.hidden_size * wide
     # Accumulators become the gradients, by way of a second copy where they are converted.

@@ -1,4 +1,4 @@
-"""The schedules, as autograd functions over a backend's four primitives.
+"""The schedules, as autograd functions over a backend's primitives.
 
 `TokenLogps` yields per-row log-probabilities; what follows them, sums and objective, is ordinary
 autograd, whose gradient per row comes back as one coefficient. Its backward either multiplies
@@ -67,8 +67,12 @@ class TokenLogps(torch.autograd.Function):
         wants = tuple(ctx.needs_input_grad[:3])
         if coef is None:
             coef = torch.zeros_like(lse)
-        if ctx.kept is not None and of_entropy is None:
-            return ctx.kept.times(coef), *[None] * 8
+        keeps = _keeps_graph()
+        kept = ctx.kept
+        if not keeps:  # autograd lets go of saved tensors only
+            ctx.kept = None
+        if kept is not None and of_entropy is None:
+            return kept.times(coef, keeps), *[None] * 8
         with _no_autocast(hidden):
             head = Head(weight, bias, *ctx.settings)
             entropy_terms = None if of_entropy is None else (entropy, of_entropy)
@@ -90,16 +94,18 @@ class TokenLogps(torch.autograd.Function):
 class _KeptRows:
     """∂ℓ_t/∂h_t of every row: it depends on no coefficient, so it can be had in the forward.
 
-    It is kept where the gradient of hidden will be. Half precision would round it a second time, so
-    there the rest is kept beside it: two halves take the memory of float32 and are as good, without
-    another copy when they become the gradient.
+    It is kept where the gradient of hidden will be, so that nothing is copied when it becomes that.
+    Half precision would round it twice, so there the rest is kept beside it. Of bf16 as bf16: 16
+    bits in all, for 8 that remain. Of fp16 as float32: a loss scale may lift what underflows.
     """
 
     def __init__(self, hidden: Tensor, index: Tensor | None, rows: int) -> None:
         self.high = torch.zeros_like(hidden)  # (M, H)
         self.index = torch.arange(rows, device=hidden.device) if index is None else index
-        halves = hidden.dtype.itemsize < 4
-        self.low = hidden.new_empty(rows, hidden.shape[1]) if halves else None  # (n, H)
+        rests = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
+        self.low = None
+        if hidden.dtype in rests:
+            self.low = hidden.new_empty(rows, hidden.shape[1], dtype=rests[hidden.dtype])  # (n, H)
 
     def fill(
         self,
@@ -125,9 +131,9 @@ class _KeptRows:
 
         return RowStats.concatenate([of_group(a, b) for a, b in plan.groups])
 
-    def times(self, coef: Tensor) -> Tensor:
-        """`coef · ∂ℓ/∂h` in hidden's layout and dtype; in place unless the graph is kept."""
-        high = self.high.clone() if _keeps_graph() else self.high
+    def times(self, coef: Tensor, keeps: bool) -> Tensor:
+        """`coef · ∂ℓ/∂h` in hidden's layout and dtype; in place unless it is to be kept."""
+        high = self.high.clone() if keeps else self.high
         for start in range(0, len(coef), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
             rows = self.index[part]

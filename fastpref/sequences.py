@@ -21,8 +21,8 @@ PINNED_FOR = ("cuda", "xpu")
 class Rows:
     """N scored rows of M, sequence after sequence; of pairs in the order chosen, rejected.
 
-    The schedules are planned from the sequences' lengths on the host. Targets that lie there cost
-    no wait; those of an accelerator are read back once.
+    The schedules are planned from the sequences' lengths, so this is made on the host. Targets that
+    lie there cost no wait; those of an accelerator are brought there first.
     """
 
     index: Tensor  # (N,) positions in the flattened hidden states
@@ -30,7 +30,6 @@ class Rows:
     weights: Tensor | None  # (N,) token weights
     offsets: Tensor  # (S + 1,) where each sequence starts among the N rows
     counts: list[int]  # (S,) scored rows of each sequence, same order
-    total: int  # M
     paired: bool
 
     @classmethod
@@ -43,15 +42,14 @@ class Rows:
         *,
         paired: bool,
     ) -> Rows:
-        flat = targets.flatten()
-        positions = torch.arange(len(flat), device=flat.device)
+        flat = targets.flatten().cpu()
+        positions = torch.arange(len(flat))
         if cu_seqlens is None:
             sequences = targets.shape[0]
             sequence_of = positions // max(1, targets.shape[1])
         else:
             sequences = len(cu_seqlens) - 1
-            ends = on_device(cu_seqlens[1:], flat.device)
-            sequence_of = torch.searchsorted(ends, positions, right=True)
+            sequence_of = torch.searchsorted(cu_seqlens[1:].cpu(), positions, right=True)
         index = (flat != IGNORED).nonzero().flatten()
         order_of = sequence_of[index]
         if paired:  # chosen sequences come first in the batch, pairs are adjacent here
@@ -71,7 +69,6 @@ class Rows:
             weights=weights,
             offsets=on_device(offsets, device),
             counts=lengths.tolist(),
-            total=len(flat),
             paired=paired,
         )
 
@@ -118,22 +115,23 @@ class Rows:
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """There, by a copy that the host does not wait for."""
-    if tensor.device == device:
-        return tensor
-    if device.type in PINNED_FOR and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
+    """There; from the host to an accelerator by a copy that nobody waits for."""
+    if tensor.device.type == "cpu" and device.type in PINNED_FOR:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def copied_to_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """Starts a copy to the host; the result waits for it, by when it has long arrived."""
+    """Starts a copy to the host; the result waits for it, and for what the device had to do before.
+
+    Called before a model runs and waited for after, so that the device has work meanwhile.
+    """
     if tensor.device.type not in PINNED_FOR:
         return tensor.cpu
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
-    arrived = torch.Event(tensor.device)
-    arrived.record()
+    stream = getattr(torch, tensor.device.type).current_stream(tensor.device)
+    arrived = stream.record_event()
 
     def wait() -> Tensor:
         arrived.synchronize()

@@ -159,6 +159,20 @@ def test_peak_of_an_8b_models_head(schedule, frozen, most, backend):
     assert output.plan.extra_bytes == pytest.approx(used.peak + 32 * MIB, rel=0.05)
 
 
+def test_a_backward_leaves_nothing_behind(backend):
+    """The rows kept for it go as it ends, though the loss lives on."""
+    hidden, weight, targets = batch(2, 64, 512, 1009, frozen=True)
+    with PeakBytes(hidden, weight) as used:
+        output = preference_loss(hidden, weight, targets, "simpo")
+        output.loss.backward()
+        gradient = hidden.grad.untyped_storage()
+        torch.empty(0, device="meta")  # to look at what is alive now
+    (at,) = (size for key, (_, size) in used.alive.items() if key == gradient._cdata)
+    assert at == gradient.nbytes()
+    others = sum(size for key, (_, size) in used.alive.items() if key != gradient._cdata)
+    assert others < gradient.nbytes() / 8
+
+
 def test_peak_of_a_reference(backend):
     """With what the tile kernel takes for itself."""
     if backend == "torch":

@@ -4,19 +4,26 @@ import copy
 import dataclasses
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 from rich.progress import Progress
 from typer.testing import CliRunner
 
+from fastpref import planner
 from fastpref.benchmark import charts, measure, report, suite, workloads
-from fastpref.benchmark.measure import accuracy, peak_memory, runnable, time_peers
+from fastpref.benchmark.measure import (
+    accuracy,
+    peak_memory,
+    predicted_memory,
+    runnable,
+    time_peers,
+)
 from fastpref.benchmark.peers import OURS, PEERS, Peer
 from fastpref.benchmark.workloads import LENGTHS, Workload, make_inputs
 from fastpref.cli import app
 from fastpref.estimate import GPUS, estimates, head_shape, largest_batch, problem_for
-from fastpref.planner import make_plan
 
 run = CliRunner().invoke
 QUICK_PEERS = [name for name in PEERS if not PEERS[name].compiles]
@@ -108,9 +115,25 @@ def test_a_ratio_is_formed_within_its_round():
 def test_predicted_memory_is_what_is_measured(workload, name):
     """Within a tenth of the growth of a fresh process."""
     measured = peak_memory(workload, name, "cpu", repeats=1)["bytes"]
-    schedule = name.removeprefix("fastpref ").replace(" ", "_")
-    plan = make_plan(workload.problem("cpu"), pairs=True, schedule=schedule)
-    assert plan.extra_bytes == pytest.approx(measured, rel=0.1)
+    assert predicted_memory(workload, name, "cpu") == pytest.approx(measured, rel=0.1)
+
+
+def test_predicted_memory_is_what_the_committed_run_measured(monkeypatch):
+    """Every workload and size of it, ours and the peers that `fastpref plan` knows."""
+    committed = Path(__file__).parent.parent / "bench/results/cpu/bench.json"
+    results = json.loads(committed.read_text())
+    is_intel = "Intel" in results["environment"]["hardware"]
+    monkeypatch.setattr(planner, "_IS_INTEL", is_intel)
+    workloads = [*suite.CPU_SPEED, *(w for sweep in suite.CPU_SWEEPS for w in sweep.workloads)]
+    workloads += [dataclasses.replace(workload, frozen=True) for workload in workloads]
+    named = {workload.name: workload for workload in workloads}
+    checked = set()
+    for entry in results["memory"] + results["sweeps"]:
+        predicted = predicted_memory(named[entry["workload"]], entry["peer"], "cpu")
+        if predicted is not None:
+            assert predicted == pytest.approx(entry["bytes"], rel=0.1), entry
+            checked.add((entry["workload"], entry["peer"]))
+    assert len(checked) >= 60
 
 
 # --- reports ------------------------------------------------------------------------------------

@@ -417,6 +417,25 @@ def test_statistics_of_vocabulary_slices_are_those_of_the_whole(head, dtype, poi
 
 
 @interpreted
+@pytest.mark.parametrize("schedule", ["frozen_head", "recompute"])
+def test_a_slice_that_the_bias_masks_whole(schedule, poison):
+    """The first of 576 columns: nothing has been summed when the second comes."""
+    batch = make_batch(SHAPES[1], torch.float32, "cpu")
+    bias = torch.zeros(len(batch.weight))
+    bias[:600] = -math.inf
+    targets = batch.targets.where(batch.targets == -100, batch.targets % 400 + 600)
+    found = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        hidden = batch.hidden.to(dtype, copy=True).requires_grad_()
+        how = {"backend": backend, "schedule": schedule, "logits_budget": 32 * 4036}
+        logps = linear_logps(hidden, batch.weight.to(dtype), targets, bias=bias.to(dtype), **how)
+        logps.sum().backward()
+        found.append((logps.detach().double(), hidden.grad.double()))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
 def test_gradient_without_the_target(poison):
     products, targets, bias, coef, _ = make_products(9, 300, torch.float64)
     _, lse, _ = kernels.row_statistics(products, targets, Epilogue(bias))

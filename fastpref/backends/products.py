@@ -48,6 +48,14 @@ def weight_slices(head: Head, columns: int | None = None) -> Iterator[tuple[int,
         yield first, last, head.weight[first:last].to(head.compute_dtype).to(dtype)
 
 
+def product_into(left: Tensor, right: Tensor, *, out: Tensor) -> None:
+    """`out = left @ right`, in out's dtype from the accumulators."""
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """`total += left @ right`, accumulated in total's dtype."""
     if left.dtype == total.dtype:

@@ -17,6 +17,7 @@ from fastpref.backends.products import (
     add_target_rows,
     as_operand,
     product_dtype,
+    product_into,
     sliced_gradients,
     weight_slices,
 )
@@ -212,14 +213,14 @@ class _Fold:
         They become exp(z − peak) in place. Returns `(n, 1)`, by what sums of such exponentials of
         earlier slices shrink.
         """
-        local = self.targets - first
-        here = (local >= 0) & (local < z.shape[1])
-        target_z = z.gather(-1, local.clamp(0, z.shape[1] - 1))
-        self.target_z = torch.where(here, target_z, self.target_z)
+        local, here = _located(self.targets, first, z)
+        self.target_z = torch.where(here, z.gather(-1, local), self.target_z)
         if self.sum_z is not None:
             self.sum_z += z.sum(-1, keepdim=True)
-        highest, where = z.max(-1, keepdim=True) if self.best is not None else (_amax(z), None)
-        if self.best is not None:  # the first of equal maxima wins, as in argmax
+        if self.best is None:
+            highest = z.amax(-1, keepdim=True)
+        else:  # the first of equal maxima wins, as in argmax
+            highest, where = z.max(-1, keepdim=True)
             self.best = torch.where(highest > self.peak, where + first, self.best)
         peak = torch.maximum(self.peak, highest)
         # Of a slice that a bias masks whole, −inf − −inf would be NaN.
@@ -258,14 +259,12 @@ def _project(
 ) -> None:
     """`out = scale·(h Wᵀ + b)`, divided by the temperature already where no softcap intervenes."""
     scale = head.logit_scale if head.softcap is not None else head.logit_scale / head.temperature
-    if operand.dtype != out.dtype:
-        torch.mm(operand, weight.T, out_dtype=out.dtype, out=out)
-    elif scale == 1:
-        torch.mm(operand, weight.T, out=out)
-    else:
+    if operand.dtype == out.dtype and scale != 1:
         torch.addmm(out, operand, weight.T, beta=0, alpha=scale, out=out)
-    if operand.dtype != out.dtype and scale != 1:
-        out.mul_(scale)
+    else:
+        product_into(operand, weight.T, out=out)
+        if scale != 1:
+            out.mul_(scale)
     if head.bias is not None:
         out.add_(scale * head.bias[first:last].to(out.dtype))
 
@@ -283,28 +282,28 @@ def _slope(head: Head) -> float:
     return head.logit_scale / head.temperature
 
 
+def _located(targets: Tensor, first: int, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of `targets (n, 1)` in `z (n, columns)`, clamped, and whether they lie there."""
+    local = targets - first
+    here = (local >= 0) & (local < z.shape[1])
+    return local.clamp(0, z.shape[1] - 1), here
+
+
 def _add_at_targets(z: Tensor, targets: Tensor, first: int, value: Tensor) -> None:
     """Adds `value (n, 1)` to `z (n, columns)` at each row's target, if it lies in this slice."""
-    local = (targets - first)[:, None]
-    here = (local >= 0) & (local < z.shape[1])
-    z.scatter_add_(-1, local.clamp(0, z.shape[1] - 1), torch.where(here, value, 0))
+    local, here = _located(targets[:, None], first, z)
+    z.scatter_add_(-1, local, torch.where(here, value, 0))
 
 
 def _clear_targets(z: Tensor, targets: Tensor, first: int) -> None:
     """Zeroes each row's target in `z (n, columns)`, if it lies in this slice."""
-    local = (targets - first)[:, None]
-    here = (local >= 0) & (local < z.shape[1])
-    local = local.clamp(0, z.shape[1] - 1)
+    local, here = _located(targets[:, None], first, z)
     z.scatter_(-1, local, torch.where(here, 0, z.gather(-1, local)))
 
 
 def _finite(z: Tensor) -> Tensor:
     """A copy without −inf, so that its product with a probability of 0 is 0."""
     return z.clamp(min=torch.finfo(z.dtype).min)
-
-
-def _amax(z: Tensor) -> Tensor:
-    return z.amax(-1, keepdim=True)
 
 
 def _weighted_sum(a: Tensor, b: Tensor) -> Tensor:

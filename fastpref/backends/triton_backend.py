@@ -18,6 +18,7 @@ from fastpref.backends.products import (
     add_target_rows,
     as_operand,
     product_dtype,
+    product_into,
     sliced_gradients,
     weight_slices,
 )
@@ -49,7 +50,7 @@ def group_forward(
 ) -> RowStats:
     operand = as_operand(hidden, head)
     for first, last, weight in weight_slices(head):
-        _product(operand, weight.T, out=buffer[:, first:last])
+        product_into(operand, weight.T, out=buffer[:, first:last])
     return RowStats(*kernels.row_statistics(buffer, targets, _epilogue(head), stats))
 
 
@@ -85,17 +86,17 @@ def forward_with_gradients(
     operand, dtype, epilogue = as_operand(hidden, head), product_dtype(head), _epilogue(head)
     grad = hidden.new_zeros(hidden.shape, dtype=head.accumulate_dtype)
     state, vocabulary = kernels.new_state(buffer), len(head.weight)
-    minus_infinity = torch.finfo(buffer.dtype).min  # a slice that a bias masks whole adds nothing
+    lowest = torch.finfo(buffer.dtype).min  # a slice that a bias masks whole adds nothing
     ones = torch.ones_like(state[0])
-    lse = ones * minus_infinity
+    lse = ones * lowest
     for first, last, weight in weight_slices(head, buffer.shape[1]):
         products, of_columns = buffer[:, : last - first], epilogue.sliced(first, last)
-        _product(operand, weight.T, out=products)
+        product_into(operand, weight.T, out=products)
         found, state = kernels.slice_statistics(
             products, targets, of_columns, stats, first, vocabulary, state
         )
         rows = RowStats(*found)
-        before, lse = lse, rows.lse.clamp(min=minus_infinity)
+        before, lse = lse, rows.lse.clamp(min=lowest)
         grad.mul_((before - lse).exp_()[:, None])
         grad_logits = kernels.row_gradients_(
             products, targets, lse, ones, of_columns, dtype, first, at_target=False
@@ -120,7 +121,7 @@ def recompute_backward(
     def gradient_of(
         operand: Tensor, weight: Tensor, block: slice, first: int, products: Tensor
     ) -> Tensor:
-        _product(operand, weight.T, out=products)
+        product_into(operand, weight.T, out=products)
         of_entropy = None if entropy is None else (entropy[0][block], entropy[1][block])
         of_columns = epilogue.sliced(first, first + len(weight))
         return kernels.row_gradients_(
@@ -149,11 +150,3 @@ def weigh_pairs(
 
 def _epilogue(head: Head) -> Epilogue:
     return Epilogue(head.bias, head.logit_scale, head.softcap, head.temperature)
-
-
-def _product(left: Tensor, right: Tensor, *, out: Tensor) -> None:
-    """`out = left @ right`, in out's dtype from the accumulators."""
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)

@@ -28,6 +28,7 @@ from torch import Tensor
 from fastpref import reference
 from fastpref.benchmark.peers import OURS, PEERS, Loss, dpo_loss
 from fastpref.benchmark.workloads import Inputs, Workload, make_inputs
+from fastpref.estimate import estimates
 
 BASELINE = "naive"
 MEMORY_STEPS = 3
@@ -151,6 +152,23 @@ def peak_memory(workload: Workload, name: str, device: str, repeats: int = 2) ->
     }
 
 
+# What `fastpref plan` calls a peer, where it knows it.
+_PLANNED = {
+    "naive": "naive",
+    "TRL 1.16 chunked": "TRL 1.16",
+    "Liger DPO": "Liger DPO",
+    "fastpref pair groups": "pair_groups",
+    "fastpref frozen head": "frozen_head",
+    "fastpref recompute": "recompute",
+}
+
+
+def predicted_memory(workload: Workload, name: str, device: str) -> int | None:
+    """What `fastpref plan` expects `peak_memory` to be; None of a peer that it does not know."""
+    found = {each.name: each.extra_bytes for each in estimates(workload.problem(device))}
+    return found.get(_PLANNED.get(name, ""))
+
+
 def run_in_fresh_process(module: str, arguments: list[Any]) -> int:
     """The number that `python -m module` prints last, for arguments and number of threads."""
     run = subprocess.run(
@@ -162,7 +180,8 @@ def run_in_fresh_process(module: str, arguments: list[Any]) -> int:
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},
     )
     if run.returncode:
-        raise RuntimeError(f"{module} {arguments}: {run.stderr.strip().splitlines()[-1]}")
+        said = run.stderr.strip().splitlines() or [f"ended by {run.returncode}"]
+        raise RuntimeError(f"{module} {arguments}: {said[-1]}")
     return int(run.stdout.split()[-1])
 
 
@@ -266,7 +285,7 @@ def _hardware(device: str) -> str:
     if not info.exists():
         return platform.processor() or platform.machine()
     names = [line.split(":")[1].strip() for line in info.open() if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores"
+    return f"{(names or [platform.machine()])[0]}, {os.cpu_count()} cores"
 
 
 def _version(package: str) -> str | None:

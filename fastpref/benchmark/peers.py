@@ -221,7 +221,7 @@ OURS = {
 }
 PEERS = {
     "naive": Peer(_naive, logps=_naive_logps),
-    "naive compiled": Peer(_compiled_naive, logps=None, compiles=True),
+    "naive compiled": Peer(_compiled_naive, compiles=True),
     "TRL 1.16 chunked": Peer(_trl, _needs("trl"), _trl_logps),
     "torch linear_cross_entropy": Peer(_torch_lce, _no_softcap, _torch_lce_logps),
     "Liger DPO": Peer(_liger(compiled=False), _NEEDS_LIGER),

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fastpref.benchmark.measure import BASELINE
 from fastpref.benchmark.peers import OURS
+from fastpref.estimate import GPUS, estimates, problem_for
 
 MB = 1e6
 # Pages of code and threads differ from process to process.
@@ -54,8 +55,8 @@ def _workload_table(results: dict[str, Any], workload: str) -> Table:
             f"{statistics.median(timed[peer, 'forward']['seconds']):.3g} s",
             f"{statistics.median(whole['seconds']):.3g} s",
             _ratio(whole["ratio"]),
-            f"{memory[peer] / MB:,.0f}",
-            f"{memory[peer] / memory[BASELINE]:.2f}" if BASELINE in memory else "",
+            f"{memory[peer] / MB:,.0f}" if peer in memory else "",
+            f"{memory[peer] / memory[BASELINE]:.2f}" if {peer, BASELINE} <= set(memory) else "",
         ]
         table.add_row(peer, *cells, style="bold" if peer in OURS else None)
     return table
@@ -132,6 +133,7 @@ def markdown_tables(results: dict[str, Any]) -> dict[str, str]:
         "pairs": _markdown_pairs(results),
         "training": _markdown_training(results),
         "accuracy": _markdown_accuracy(results),
+        "predicted": _markdown_predicted(),
     }
 
 
@@ -204,6 +206,26 @@ def _markdown_training(results: dict[str, Any]) -> str:
         for entry in results["training"]
     ]
     return _markdown(["", "a step", "of DPOTrainer", "peak memory"], rows)
+
+
+def _markdown_predicted() -> str:
+    """Arithmetic, no measurement: an 8 B model's head on a GPU, as `fastpref plan` has it."""
+    rows = []
+    for lora in (False, True):
+        problem = problem_for(4096, 128256, pairs=8, length=1024, lora=lora)
+        found = estimates(problem)
+        trl = next(each.extra_bytes for each in found if each.name.startswith("TRL"))
+        for each in found:
+            cells = [
+                each.name.replace("_", " ") + ", head frozen" * lora,
+                f"{each.products:g} U",
+                f"{1e3 * each.floor_seconds(GPUS['h200']):.0f} ms",
+                f"{each.extra_bytes / 1e9:.2f} GB",
+                f"{each.extra_bytes / trl:.2f}",
+            ]
+            rows.append(cells)
+    headings = ["unmeasured", "products", "no faster than", "peak memory", "of TRL's"]
+    return _markdown(headings, rows)
 
 
 # --- comparison ---------------------------------------------------------------------------------

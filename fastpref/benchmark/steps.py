@@ -21,7 +21,7 @@ PAIRS, PROMPT, RESPONSE = 2, 76, 180
 KINDS = ("trunk", "DPOTrainer", "PreferenceTrainer")
 
 
-def make_step(kind: str, model_directory: str, lora: bool) -> Callable[[], None]:
+def make_step(kind: str, model_directory: str, lora: bool, device: str) -> Callable[[], None]:
     """A function that does one training step of `kind` on 2 pairs of 256 tokens."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,8 +36,8 @@ def make_step(kind: str, model_directory: str, lora: bool) -> Callable[[], None]
         tempfile.mkdtemp(),
         per_device_train_batch_size=PAIRS,
         gradient_checkpointing=False,
-        bf16=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
+        bf16=device != "cpu",
+        use_cpu=device == "cpu",
         dataloader_pin_memory=False,
         report_to=[],
         disable_tqdm=True,
@@ -97,12 +97,14 @@ def _trunk_step(trainer: Any, batch: dict[str, torch.Tensor]) -> None:
         base.base_model(**inputs, use_cache=False).last_hidden_state.float().mean().backward()
 
 
-def measure_steps(model_directory: str, lora: bool, rounds: int) -> list[dict[str, Any]]:
+def measure_steps(
+    model_directory: str, lora: bool, rounds: int, device: str
+) -> list[dict[str, Any]]:
     """Seconds of each kind of step, interleaved, and peak bytes of three steps of each.
 
     Bytes are beyond weights and data: of a fresh process on a CPU, the allocator's on a GPU.
     """
-    steps = {kind: make_step(kind, model_directory, lora) for kind in KINDS}
+    steps = {kind: make_step(kind, model_directory, lora, device) for kind in KINDS}
     for step in steps.values():
         step()
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -118,14 +120,13 @@ def measure_steps(model_directory: str, lora: bool, rounds: int) -> list[dict[st
             "method": "LoRA" if lora else "full",
             "seconds": values,
             "ratio": spread_of_ratios(values, seconds["DPOTrainer"]),
-            "bytes": run_in_fresh_process(__spec__.name, [kind, model_directory, lora]),
+            "bytes": run_in_fresh_process(__spec__.name, [kind, model_directory, lora, device]),
         }
         for kind, values in seconds.items()
     ]
 
 
 if __name__ == "__main__":
-    kind, directory, lora, threads = json.loads(sys.argv[1])
+    kind, directory, lora, device, threads = json.loads(sys.argv[1])
     torch.set_num_threads(threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(memory_growth(make_step(kind, directory, lora), device))
+    print(memory_growth(make_step(kind, directory, lora, device), device))

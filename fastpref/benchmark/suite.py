@@ -194,7 +194,7 @@ def _parts(
             yield (
                 f"training steps: {'LoRA' if lora else 'full'}",
                 lambda x=lora: {
-                    "training": measure_steps(model_directory, x, suite.training_rounds)
+                    "training": measure_steps(model_directory, x, suite.training_rounds, device)
                 },
             )
 
@@ -204,11 +204,16 @@ def _compare(
 ) -> dict[str, list[dict[str, Any]]]:
     """Time and memory of every peer that can run."""
     speed, skipped = time_peers(workload, names, rounds=suite.rounds, device=device)
-    memory = [
-        peak_memory(workload, name, device, suite.memory_repeats if name in OURS else 1)
-        for name in names
-        if name not in skipped
-    ]
+    memory = []
+    for name in names:
+        repeats = suite.memory_repeats if name in OURS else 1
+        if name not in skipped:
+            try:
+                memory.append(peak_memory(workload, name, device, repeats))
+            except RuntimeError as failure:
+                if name in OURS:
+                    raise
+                skipped[name] = f"no peak memory: {failure}"
     of_workload = {"workload": workload.name}
     return {
         "speed": speed,

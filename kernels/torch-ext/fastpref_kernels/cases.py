@@ -54,8 +54,10 @@ def compile_cases(architecture: str) -> list[CompileCase]:
         _merge(rich=True),
         _row_statistics(rich=False),
         _row_statistics(rich=True),
+        _row_statistics(rich=False, sliced=True),
         _row_statistics(rich=True, sliced=True),
         _row_gradients(half, rich=False),
+        _row_gradients(half, rich=False, at_target=False),
         _row_gradients(half, rich=True),
         _pairs(rich=False),
         _pairs(rich=True),
@@ -113,7 +115,7 @@ def _row_statistics(*, rich: bool, sliced: bool = False) -> CompileCase:
     config = rows_config()
     return _case(
         row_statistics_kernel,
-        ("all statistics" if rich else "") + (", of slices" if sliced else ""),
+        ", ".join(["all statistics"] * rich + ["of slices"] * sliced),
         _types(row_statistics_kernel, bias_ptr="*bf16", is_top1_ptr="*i8" if rich else "*fp32"),
         _head(rich)
         | _statistics(rich)
@@ -123,16 +125,16 @@ def _row_statistics(*, rich: bool, sliced: bool = False) -> CompileCase:
     )
 
 
-def _row_gradients(dtype: torch.dtype, *, rich: bool) -> CompileCase:
+def _row_gradients(dtype: torch.dtype, *, rich: bool, at_target: bool = True) -> CompileCase:
     config = rows_config()
     return _case(
         row_gradients_kernel,
-        f"{_NAMES[dtype]}{', entropy' if rich else ''}",
+        ", ".join([_NAMES[dtype]] + ["entropy"] * rich + ["without the target"] * (not at_target)),
         _types(row_gradients_kernel, bias_ptr="*bf16", grad_ptr=f"*{_NAMES[dtype]}"),
         _head(rich)
         | {
             "HAS_ENTROPY": rich,
-            "HAS_TARGET": True,
+            "HAS_TARGET": at_target,
             "BLOCK_N": config.block_n,
             "BLOCK_V": config.block_v,
         },
