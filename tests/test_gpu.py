@@ -14,6 +14,7 @@ from fastpref_kernels import Epilogue
 from fastpref import Balance, UniDPO, linear_logps, preference_loss, reference
 from fastpref.backends import choose_backend, triton_backend
 from fastpref.backends.products import multiplies_half
+from fastpref.sequences import copied_to_host
 from fastpref.verify import (
     SHAPES,
     logits_gradient,
@@ -156,6 +157,19 @@ def test_no_step_waits_for_the_device(schedule):
     step()  # compiles, and puts the objective's numbers on the device
     with no_sync():
         step()
+
+
+@gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="the host has one stream")
+def test_a_copy_to_the_host_waits_for_what_makes_it():
+    busy = draw(8192, 8192)
+    made = torch.zeros(1 << 20, device=DEVICE, dtype=torch.int64)
+    for _ in range(20):
+        busy = busy @ busy * 1e-4
+    made += 7
+    wait = copied_to_host(made)
+    made += 1
+    assert (wait() == 7).all()
 
 
 class no_sync:
