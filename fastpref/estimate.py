@@ -173,7 +173,8 @@ def _trl(problem: Problem) -> Estimate:
     wide, narrow = problem.element_bytes, problem.dtype.itemsize
     elements = sum(_gradient_elements(problem))
     on_cpu = problem.device == "cpu"
-    tile = min(problem.total_rows if on_cpu else problem.rows, TRL_ROWS) * TRL_COLUMNS
+    tile = min(problem.total_rows if on_cpu else problem.rows, TRL_ROWS)
+    tile *= min(problem.vocabulary, TRL_COLUMNS)
     tile_bytes = tile * (8 * wide + 1) if on_cpu else tile * narrow
     accumulators = elements * (wide + (narrow if narrow != wide else 0))
     moved = (4 * narrow + 6) * problem.rows * problem.vocabulary + _operands(problem, products)

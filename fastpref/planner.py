@@ -317,6 +317,6 @@ def workspace_bytes(problem: Problem, rows: int, columns: int) -> int:
     if problem.device != "cpu":
         return 32 * MIB
     if not _IS_INTEL:
-        return min(rows, 384) * min(columns, 5120) * problem.element_bytes + 10 * MIB
+        return 384 * min(columns, 5120) * problem.element_bytes + 10 * MIB
     packed = max(128 * columns, min(rows, 384) * min(columns, 16384))
     return packed * problem.element_bytes + 12 * MIB
