@@ -61,7 +61,7 @@ def _peers_chart(results: dict[str, Any], path: Path) -> Path:
         bars = panel.barh(names, [values[name] for name in names], color=colours)
         panel.bar_label(bars, [label.format(values[name]) for name in names], padding=3)
         panel.set_title(title, fontsize=10)
-        panel.margins(x=0.18)
+        panel.margins(x=0.25)
     if error:
         panels[2].set_xscale("log")
     figure.suptitle(f"{workload}  ·  {results['environment']['hardware']}", fontsize=11)
@@ -81,17 +81,20 @@ def _scaling_chart(results: dict[str, Any], path: Path) -> Path:
             panels[column].plot(sizes, [entry["bytes"] / MB for entry in of_peer], **style)
             panels[column + len(axes)].plot(sizes, [e["seconds"] for e in of_peer], **style)
         first = of_axis[0]["workload"]
-        panels[column].set_title(f"{axis}, from {first}", fontsize=8)
+        panels[column].set_title(f"more {axis} than in\n{first}", fontsize=9)
         for panel in (panels[column], panels[column + len(axes)]):
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
             ticks = sorted({entry["size"] for entry in of_axis})
             panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
             panel.set_xlabel({"rows": "scored rows", "vocabulary": "vocabulary"}.get(axis, axis))
+            panel.yaxis.set_major_formatter("{x:,g}")
+            panel.yaxis.set_minor_formatter("")
             panel.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("peak memory beyond inputs, MB")
     panels[len(axes)].set_ylabel("forward + backward, s")
-    panels[0].legend(fontsize=8)
+    lines, names = panels[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=len(names))
     figure.suptitle(results["environment"]["hardware"], fontsize=11)
     return _save(figure, path)
 
