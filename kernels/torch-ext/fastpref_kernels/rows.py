@@ -83,7 +83,7 @@ def row_statistics_kernel(
         if HAS_MEAN:
             sum_z += tl.sum(z, 1)  # beyond the vocabulary a logit is still 0 here
         is_target = first + column[None, :] == target[:, None]
-        target_z += tl.sum(tl.where(is_target & is_column[None, :], z, 0.0), 1)
+        target_z += tl.sum(tl.where(is_target, z, 0.0), 1)  # and 0 beyond this slice
         z = tl.where(is_column[None, :], z, float("-inf"))
         if HAS_TOP1:
             best = online_argmax_update(best, peak, z, first + start)
