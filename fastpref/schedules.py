@@ -438,6 +438,7 @@ def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     return grad.to(dtype)
 
 
+@torch.compiler.disable
 def _keeps_graph() -> bool:
     """Whether the running backward may be followed by another through the same graph."""
     asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
