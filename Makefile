@@ -14,7 +14,7 @@ BIN = .venv/bin
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/python -m fastpref.demo
+	$(BIN)/python -m fastpref.commands.demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastpref.cli import default_device
+from fastpref.commands.cli import default_device
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from fastpref.benchmark.measure import accuracy
-from fastpref.benchmark.peers import PEERS
-from fastpref.benchmark.suite import CPU_QUICK
-from fastpref.benchmark.workloads import make_inputs
+from fastpref.commands.benchmark.measure import accuracy
+from fastpref.commands.benchmark.peers import PEERS
+from fastpref.commands.benchmark.suite import CPU_QUICK
+from fastpref.commands.benchmark.workloads import make_inputs
 
 
 @pytest.mark.parametrize("peer", [name for name in PEERS if not PEERS[name].compiles])

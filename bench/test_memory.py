@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from fastpref.benchmark.measure import peak_memory, predicted_memory, runnable
-from fastpref.benchmark.peers import PEERS
-from fastpref.benchmark.report import MB
-from fastpref.benchmark.suite import CPU_QUICK, CPU_SPEED
-from fastpref.benchmark.workloads import make_inputs
+from fastpref.commands.benchmark.measure import peak_memory, predicted_memory, runnable
+from fastpref.commands.benchmark.peers import PEERS
+from fastpref.commands.benchmark.report import MB
+from fastpref.commands.benchmark.suite import CPU_QUICK, CPU_SPEED
+from fastpref.commands.benchmark.workloads import make_inputs
 
 # Peak MB; 8 pairs × 2 × 256 tokens, H 576, V 49152, float32, gradients included.
 TARGETS = {"pair groups": 450, "frozen head": 250, "recompute": 300}

@@ -2,11 +2,11 @@
 
 import pytest
 
-from fastpref.benchmark.measure import BASELINE, time_peers
-from fastpref.benchmark.peers import PEERS
-from fastpref.benchmark.suite import CPU_SPEED, GPU_SPEED
-from fastpref.benchmark.workloads import make_inputs
-from fastpref.cli import default_device
+from fastpref.commands.benchmark.measure import BASELINE, time_peers
+from fastpref.commands.benchmark.peers import PEERS
+from fastpref.commands.benchmark.suite import CPU_SPEED, GPU_SPEED
+from fastpref.commands.benchmark.workloads import make_inputs
+from fastpref.commands.cli import default_device
 
 WORKLOADS = CPU_SPEED if default_device() == "cpu" else GPU_SPEED
 

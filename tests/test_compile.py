@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import fastpref_kernels
 import triton
 
-from fastpref.compile_report import ARCHITECTURES, SHARED_LIMIT, Compiled, compile_all
+from fastpref.commands.compile_report import ARCHITECTURES, SHARED_LIMIT, Compiled, compile_all
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled"

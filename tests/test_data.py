@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from fastpref.data import DataError, read_pairs
-from fastpref.demo import PAIRS
+from fastpref.commands.data import DataError, read_pairs
+from fastpref.commands.demo import PAIRS
 
 GOOD = {"prompt": "p", "chosen": "c", "rejected": "r", "score_chosen": 2, "score_rejected": 1.5}
 

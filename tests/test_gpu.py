@@ -14,8 +14,7 @@ from fastpref_kernels import Epilogue
 from fastpref import Balance, UniDPO, linear_logps, preference_loss, reference
 from fastpref.backends import choose_backend, triton_backend
 from fastpref.backends.products import multiplies_half
-from fastpref.sequences import copied_to_host
-from fastpref.verify import (
+from fastpref.commands.verify import (
     SHAPES,
     logits_gradient,
     make_batch,
@@ -23,6 +22,7 @@ from fastpref.verify import (
     rounded_operand_errors,
     verify,
 )
+from fastpref.sequences import copied_to_host
 
 DEVICE = os.environ.get("FASTPREF_TEST_DEVICE", "cuda")  # "cpu" with TRITON_INTERPRET=1
 HALF = (torch.bfloat16, torch.float16)

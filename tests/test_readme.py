@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from fastpref.benchmark.report import insert_tables, markdown_tables
+from fastpref.commands.benchmark.report import insert_tables, markdown_tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,13 +19,15 @@ def test_tables_come_from_the_committed_run():
 
 def test_files_of_the_tree_exist():
     tree = (ROOT / "README.md").read_text().split("## Files")[1].split("```")[1]
+    folders = [ROOT]  # of each depth of indentation
     for line in tree.strip().splitlines():
-        folder = "fastpref/" if line.startswith("  ") else ""
+        depth = (len(line) - len(line.lstrip())) // 2
         for name in line.split():
-            if name.endswith((".py", "/")):
-                assert (ROOT / folder / name).exists(), name
-                continue
-            break
+            if not name.endswith((".py", "/")):
+                break
+            path = folders[depth] / name
+            assert path.exists(), name
+            folders[depth + 1 :] = [path]
 
 
 def test_no_gpu_figure_without_a_gpu_result_file():

@@ -1,4 +1,4 @@
-"""Every schedule against float64, within the derived error budget of `fastpref.verify`."""
+"""Every schedule against float64, within the derived error budget of `fastpref.commands.verify`."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from fastpref import (
     sequence_logps,
     shift_targets,
 )
-from fastpref.verify import SHAPES, Shape, make_batch, verify
+from fastpref.commands.verify import SHAPES, Shape, make_batch, verify
 
 SCHEDULES = ("frozen_head", "pair_groups", "recompute")
 # Also the sizes that end a tile, a block and a group early.

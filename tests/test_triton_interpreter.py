@@ -39,8 +39,8 @@ from fastpref import (
     reference,
 )
 from fastpref.backends import accumulate_dtype
+from fastpref.commands.verify import SHAPES, Shape, make_batch, objectives_to_verify, verify
 from fastpref.objectives import pair_metrics
-from fastpref.verify import SHAPES, Shape, make_batch, objectives_to_verify, verify
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
@@ -525,8 +525,8 @@ def test_pairs_of_every_objective(name, dtype, poison):
     losses, coefs, metrics = weigh(objective, pairs, torch.float64)
     plain_losses, plain_coefs, plain_metrics = weigh(objective, pairs, torch.float32)
 
-    # As in fastpref.verify: amplification as float32 shows it, what one rounding of each token and
-    # of each sum does to the formula, and the roundings of the result.
+    # As in `fastpref verify`: amplification as float32 shows it, what one rounding of each token
+    # and of each sum does to the formula, and the roundings of the result.
     u = unit(dtype) + unit(torch.float64)
     scale = u / unit(torch.float32)
     sums = torch.stack([pairs.chosen_logps, pairs.rejected_logps])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastpref.train import TrainSettings, train
+from fastpref.commands.train import TrainSettings, train
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PAIRS = Path(__file__).with_name("demo_pairs.jsonl")

@@ -14,11 +14,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, tr
 from rich.table import Table
 
 from fastpref.backends import BACKENDS
-from fastpref.benchmark.workloads import HEADS
-from fastpref.estimate import GPUS, estimates, head_shape, largest_batch, problem_for
+from fastpref.commands.benchmark.workloads import HEADS
+from fastpref.commands.plan import GPUS, estimates, head_shape, largest_batch, problem_for
+from fastpref.commands.verify import SHAPES, Result, objectives_to_verify, verify
 from fastpref.objectives import objective_names
 from fastpref.planner import SCHEDULES, make_plan
-from fastpref.verify import SHAPES, Result, objectives_to_verify, verify
 
 app = typer.Typer(
     help="Preference tuning without logits: train a model, verify the numbers on this machine.",
@@ -101,7 +101,7 @@ def train_command(
     ] = False,
 ) -> None:
     """Tune a causal language model on preference pairs; curves and numbers go to OUTPUT."""
-    from fastpref.train import TrainSettings, train
+    from fastpref.commands.train import TrainSettings, train
 
     given = {
         "beta": beta,
@@ -238,8 +238,8 @@ def bench_command(
     Ratios are medians of interleaved rounds with the middle half in brackets. With --compare the
     exit status is 1 if anything of fastpref got worse beyond the spread of both runs.
     """
-    from fastpref.benchmark import charts, report, suite
-    from fastpref.benchmark.peers import PEERS
+    from fastpref.commands.benchmark import charts, report, suite
+    from fastpref.commands.benchmark.peers import PEERS
 
     names = [n for n in PEERS if not peers or any(p.lower() in n.lower() for p in peers)]
     if not names:
@@ -337,7 +337,7 @@ def _report_compilation(output: Path | None) -> None:
 
     if not fastpref_kernels.HAS_TRITON:
         _fail("the package triton is not installed")
-    from fastpref import compile_report
+    from fastpref.commands import compile_report
 
     cases = track(
         compile_report.compile_all(), "compiling", total=None, console=console, transient=True

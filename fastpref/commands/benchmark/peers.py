@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastpref import DPO, preference_loss
-from fastpref.benchmark.workloads import BETA, Inputs
+from fastpref.commands.benchmark.workloads import BETA, Inputs
 
 Loss = Callable[[], Tensor]
 

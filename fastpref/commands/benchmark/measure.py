@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from fastpref import reference
-from fastpref.benchmark.peers import OURS, PEERS, Loss, dpo_loss
-from fastpref.benchmark.workloads import Inputs, Workload, make_inputs
-from fastpref.estimate import estimates
+from fastpref.commands.benchmark.peers import OURS, PEERS, Loss, dpo_loss
+from fastpref.commands.benchmark.workloads import Inputs, Workload, make_inputs
+from fastpref.commands.plan import estimates
 
 BASELINE = "naive"
 MEMORY_STEPS = 3

@@ -182,8 +182,8 @@ def real_inputs(model_directory: str, pairs: int, dtype: str, device: str = "cpu
     """Final hidden states of a real model on the demo's pairs: random ones hide rounding."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fastpref.data import read_pairs
-    from fastpref.demo import PAIRS
+    from fastpref.commands.data import read_pairs
+    from fastpref.commands.demo import PAIRS
 
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
     model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)

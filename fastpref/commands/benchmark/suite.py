@@ -9,15 +9,15 @@ from typing import Any
 
 from rich.progress import Progress
 
-from fastpref.benchmark.measure import (
+from fastpref.commands.benchmark.measure import (
     BASELINE,
     accuracy,
     environment,
     peak_memory,
     time_peers,
 )
-from fastpref.benchmark.peers import OURS, PEERS
-from fastpref.benchmark.workloads import Workload, make_inputs, real_inputs
+from fastpref.commands.benchmark.peers import OURS, PEERS
+from fastpref.commands.benchmark.workloads import Workload, make_inputs, real_inputs
 
 CPU_SPEED = (
     Workload("smollm2-135m", 8, 256),
@@ -188,7 +188,7 @@ def _parts(
                 },
             )
     if suite.training_rounds and model_directory is not None:
-        from fastpref.benchmark.steps import measure_steps
+        from fastpref.commands.benchmark.steps import measure_steps
 
         for lora in (False, True):
             yield (

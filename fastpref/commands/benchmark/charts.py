@@ -7,8 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from fastpref.benchmark.peers import OURS
-from fastpref.benchmark.report import MB
+from fastpref.commands.benchmark.peers import OURS
+from fastpref.commands.benchmark.report import MB
 
 
 def write_results(results: dict[str, Any], directory: Path) -> Path:

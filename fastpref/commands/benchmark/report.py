@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastpref.benchmark.measure import BASELINE
-from fastpref.benchmark.peers import OURS
-from fastpref.estimate import GPUS, estimates, problem_for
+from fastpref.commands.benchmark.measure import BASELINE
+from fastpref.commands.benchmark.peers import OURS
+from fastpref.commands.plan import GPUS, estimates, problem_for
 
 MB = 1e6
 # Pages of code and threads differ from process to process.

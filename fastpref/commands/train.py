@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastpref.data import read_pairs
+from fastpref.commands.data import read_pairs
 from fastpref.objectives import make_objective
 
 CURVES = "curves.png"
