@@ -315,6 +315,7 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 def objectives_to_verify() -> dict[str, Objective]:
     """Every built-in objective, and each under a balance that is not its default."""
     found = {name: make_objective(name) for name in objective_names()}
+    balance = Balance(chosen_exponent=0.5, rejected_exponent=0.5, ceiling=4.0, floor=0.25)
     for name in ("simpo", "orpo", "unidpo"):
-        found[f"{name}+balance"] = make_objective(name, balance=Balance(clip=4.0))
+        found[f"{name}+balance"] = make_objective(name, balance=balance)
     return found
