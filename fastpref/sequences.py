@@ -49,7 +49,8 @@ class Rows:
             sequence_of = positions // max(1, targets.shape[1])
         else:
             sequences = len(cu_seqlens) - 1
-            sequence_of = torch.searchsorted(cu_seqlens[1:].cpu(), positions, right=True)
+            ends = cu_seqlens[1:].cpu().contiguous()
+            sequence_of = torch.searchsorted(ends, positions, right=True)
         index = (flat != IGNORED).nonzero().flatten()
         order_of = sequence_of[index]
         if paired:  # chosen sequences come first in the batch, pairs are adjacent here
