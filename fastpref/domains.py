@@ -1,5 +1,7 @@
 """What a number may be: one rule for hyperparameters, the head's scalars and settings.
 
+And how the values of tensors are required to be something.
+
 A number is an `int` or a `float`, finite unless its domain says otherwise, and within its bounds.
 Fields of dataclasses declare theirs beside their default:
 
@@ -13,6 +15,11 @@ import math
 import numbers
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
+
+_ASYNC_DEVICES = ("cuda", "xpu", "meta")
 
 
 @dataclass(frozen=True)
@@ -66,3 +73,25 @@ def check_fields(settings: Any) -> None:
             domain.check(field.name, value)
         elif field.type in ("bool", bool) and not isinstance(value, bool):
             raise TypeError(f"{field.name} must be True or False, got {value!r}")
+
+
+def require(
+    condition: Tensor, message: str, tensor: Tensor | None = None, valid: Tensor | None = None
+) -> None:
+    """Raises on the CPU; elsewhere asserts on the device without waiting for it."""
+    if condition.device.type in _ASYNC_DEVICES:
+        torch._assert_async(condition, message)
+    elif not condition:
+        got = "" if tensor is None else f"; got {_offending(tensor, valid)}"
+        raise ValueError(message + got)
+
+
+def _offending(tensor: Tensor, valid: Tensor | None) -> object:
+    """The first bad entry and its index, or a short tensor whole."""
+    if valid is None:
+        if tensor.is_floating_point():
+            valid = tensor.isfinite()
+        else:
+            return tensor.tolist()
+    index = tuple((~valid).nonzero()[0].tolist())
+    return f"{tensor[index].item()} at {index}"

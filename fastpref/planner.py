@@ -6,7 +6,7 @@ advance what a batch would need. U is one matrix product, 2·N·H·V FLOP for N 
     schedule      products           holds besides inputs and gradients
     forward       1 U                one tile
     frozen_head   2 U                one tile; in half precision N × H of gradient rows
-    pair_groups   3 U                one group of whole pairs × vocabulary
+    pair_groups   3 U                one group of whole prompts × vocabulary
     recompute     4 U (3 U frozen)   one tile
 """
 
@@ -44,7 +44,7 @@ class Plan:
     Args:
         schedule: "forward", "frozen_head", "pair_groups" or "recompute".
         reason: why this schedule, one sentence.
-        groups: ranges of pairs whose logits are held together; with "frozen_head" ranges of rows
+        groups: ranges of prompts whose logits are held together; with "frozen_head" ranges of rows
             that go along the vocabulary together.
         group_rows: the most whole rows of logits held at once.
         tile: rows × vocabulary columns of a tile.
@@ -78,7 +78,7 @@ class Problem:
     """The shapes a plan is made for.
 
     Args:
-        counts: scored rows of each sequence; of pairs in the order chosen, rejected.
+        counts: scored rows of each sequence; those of a prompt's responses adjoin.
         hidden_size: H.
         vocabulary: V.
         dtype: of hidden, and of the head unless `head_dtype` says otherwise.
@@ -88,6 +88,7 @@ class Problem:
         hidden_grad: hidden requires a gradient.
         head_grad: weight or bias requires a gradient.
         head_dtype: of the head, None for hidden's.
+        responses: K, sequences of a prompt, 2 for pairs.
     """
 
     counts: tuple[int, ...]
@@ -100,10 +101,17 @@ class Problem:
     hidden_grad: bool
     head_grad: bool
     head_dtype: torch.dtype | None = None
+    responses: int = 2
 
     @property
     def rows(self) -> int:
         return sum(self.counts)
+
+    @property
+    def prompt_rows(self) -> list[int]:
+        """Scored rows of each prompt, all of its responses."""
+        k = self.responses
+        return [sum(self.counts[i : i + k]) for i in range(0, len(self.counts), k)]
 
     @property
     def element_bytes(self) -> int:
@@ -137,7 +145,7 @@ def make_plan(
         problem: the shapes.
         schedule: one of `SCHEDULES`.
         budget: bytes of logits to hold at once; None for 128 MiB on a CPU and 1 GiB elsewhere.
-        pairs: the rows are pairs under an objective (False: token log-probabilities).
+        pairs: the rows are responses under an objective (False: token log-probabilities).
         couples_pairs: the objective looks across pairs.
         learns: the objective has parameters of its own.
         reduces: the losses become one number, so that its gradient is known up to a factor.
@@ -165,9 +173,10 @@ def make_plan(
         tile = _tile(problem, budget, _FROZEN_ROWS)
         groups = even_ranges(problem.rows, tile[0])
     elif chosen == "pair_groups":
-        groups = _pair_ranges(problem.counts, group_rows)
-        rows_of = [sum(problem.counts[2 * a : 2 * b]) for a, b in groups]
-        # A pair beyond the budget goes through in even pieces.
+        of_prompts = problem.prompt_rows
+        groups = _prompt_ranges(of_prompts, group_rows)
+        rows_of = [sum(of_prompts[a:b]) for a, b in groups]
+        # A prompt beyond the budget goes through in even pieces.
         held = max(b - a for rows in rows_of for a, b in even_ranges(rows, group_rows))
     logits_bytes = held * problem.row_bytes or tile[0] * tile[1] * problem.element_bytes
     if chosen == "forward" and problem.has_tile_kernel:
@@ -202,8 +211,7 @@ def _choose(problem: Problem, schedule: str, group_rows: int, obstacle: str) -> 
         return "frozen_head", "the head is frozen"
     if obstacle:
         return "recompute", obstacle
-    pair_rows = [c + r for c, r in zip(problem.counts[::2], problem.counts[1::2], strict=True)]
-    if min(pair_rows) > group_rows:
+    if min(problem.prompt_rows) > group_rows:
         return "recompute", f"no pair fits the budget of {group_rows} rows of logits"
     return "pair_groups", "the head trains and pairs are independent"
 
@@ -228,15 +236,15 @@ def even_ranges(rows: int, most: int) -> tuple[tuple[int, int], ...]:
     return tuple((i, min(i + size, rows)) for i in range(0, rows, size))
 
 
-def _pair_ranges(counts: tuple[int, ...], most: int) -> tuple[tuple[int, int], ...]:
-    """Consecutive pairs whose rows fit together; a pair that does not fit stands alone."""
+def _prompt_ranges(of_prompts: list[int], most: int) -> tuple[tuple[int, int], ...]:
+    """Consecutive prompts whose rows fit together; one that does not fit stands alone."""
     ranges, first, held = [], 0, 0
-    for pair, (chosen, rejected) in enumerate(zip(counts[::2], counts[1::2], strict=True)):
-        if held and held + chosen + rejected > most:
-            ranges.append((first, pair))
-            first, held = pair, 0
-        held += chosen + rejected
-    ranges.append((first, len(counts) // 2))
+    for prompt, rows in enumerate(of_prompts):
+        if held and held + rows > most:
+            ranges.append((first, prompt))
+            first, held = prompt, 0
+        held += rows
+    ranges.append((first, len(of_prompts)))
     return tuple(ranges)
 
 
@@ -257,9 +265,8 @@ def _flop(problem: Problem, schedule: str, group_rows: int) -> int:
     if schedule == "recompute":
         return product * (2 + wanted)
     again = 0
-    if schedule == "pair_groups":  # pairs beyond the budget are projected twice
-        pairs = zip(problem.counts[::2], problem.counts[1::2], strict=True)
-        again = sum(c + r for c, r in pairs if c + r > group_rows)
+    if schedule == "pair_groups":  # prompts beyond the budget are projected twice
+        again = sum(rows for rows in problem.prompt_rows if rows > group_rows)
     return product * (1 + wanted) + 2 * again * problem.hidden_size * problem.vocabulary
 
 

@@ -19,7 +19,7 @@ PINNED_FOR = ("cuda", "xpu")
 
 @dataclass(frozen=True)
 class Rows:
-    """N scored rows of M, sequence after sequence; of pairs in the order chosen, rejected.
+    """N scored rows of M, sequence after sequence; of K responses a prompt, prompt after prompt.
 
     The schedules are planned from the sequences' lengths, so this is made on the host. Targets that
     lie there cost no wait; those of an accelerator are brought there first.
@@ -30,7 +30,7 @@ class Rows:
     weights: Tensor | None  # (N,) token weights
     offsets: Tensor  # (S + 1,) where each sequence starts among the N rows
     counts: list[int]  # (S,) scored rows of each sequence, same order
-    paired: bool
+    responses: int  # K; 1 where sequences stand alone
 
     @classmethod
     def of(
@@ -39,8 +39,7 @@ class Rows:
         cu_seqlens: Tensor | None,  # (S + 1,)
         token_weights: Tensor | None,  # as targets
         device: torch.device,  # of the hidden states
-        *,
-        paired: bool,
+        responses: int = 1,
     ) -> Rows:
         flat = targets.flatten().cpu()
         positions = torch.arange(len(flat), device=flat.device)
@@ -53,11 +52,11 @@ class Rows:
             sequence_of = torch.searchsorted(ends, positions, right=True)
         index = (flat != IGNORED).nonzero().flatten()
         order_of = sequence_of[index]
-        if paired:  # chosen sequences come first in the batch, pairs are adjacent here
-            half = sequences // 2
-            order_of = order_of % half * 2 + order_of // half
-            order_of, by_pair = order_of.sort(stable=True)
-            index = index[by_pair]
+        if responses > 1:  # response k of all prompts comes first; those of a prompt adjoin here
+            prompts = sequences // responses
+            order_of = order_of % prompts * responses + order_of // prompts
+            order_of, by_prompt = order_of.sort(stable=True)
+            index = index[by_prompt]
         lengths = torch.bincount(order_of, minlength=sequences)
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         there = on_device(index, device)
@@ -70,7 +69,7 @@ class Rows:
             weights=weights,
             offsets=on_device(offsets, device),
             counts=lengths.tolist(),
-            paired=paired,
+            responses=responses,
         )
 
     @property
@@ -79,21 +78,23 @@ class Rows:
         return self.in_batch_order(self.offsets.diff())
 
     def in_batch_order(self, per_sequence: Tensor) -> Tensor:
-        """`(S,)` from pair after pair to the caller's order, chosen first."""
-        return per_sequence.view(-1, 2).T.flatten() if self.paired else per_sequence
+        """`(S,)` from prompt after prompt to the caller's order, response after response."""
+        return per_sequence.view(-1, self.responses).T.flatten()
 
-    def sums(self, logps: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-        """Weighted sums over sequences `first:last` of the log-probabilities of their rows.
+    def sums(
+        self, values: Tensor, first: int = 0, last: int | None = None, *, weighted: bool = True
+    ) -> Tensor:
+        """Sums over sequences `first:last` of their rows' values, times the token weights.
 
         Added up in float64 where the device has it, one fixed order a sequence.
         """
         offsets = self.offsets[first : None if last is None else last + 1]
-        if self.weights is not None:
+        if weighted and self.weights is not None:
             start = sum(self.counts[:first])
-            logps = logps * self.weights[start : start + len(logps)].to(logps.dtype)
-        wide = logps if logps.device.type == "mps" else logps.double()
+            values = values * self.weights[start : start + len(values)].to(values.dtype)
+        wide = values if values.device.type == "mps" else values.double()
         sums = torch.segment_reduce(wide, "sum", offsets=offsets - offsets[0], initial=0)
-        return sums.to(logps.dtype)
+        return sums.to(values.dtype)
 
     def repeat(self, per_sequence: Tensor, first: int = 0) -> Tensor:
         """Values of the sequences `first` and on to each of their rows."""

@@ -7,16 +7,17 @@ as MPS, values are read back).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from fastpref.domains import FINITE, POSITIVE, Domain
+from fastpref.domains import FINITE, POSITIVE, Domain, require
 from fastpref.objectives import Objective, make_objective, objective_names
 
 REDUCTIONS = ("mean", "sum", "none")
-_BYTES = Domain(above=0, whole=True)
+_RESPONSES = Domain(at_least=2, whole=True)
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_ASYNC_DEVICES = ("cuda", "xpu", "meta")
 
 
 def check_head(
@@ -28,9 +29,8 @@ def check_head(
     logit_scale: float,
     softcap: float | None,
     temperature: float,
-    stats: tuple[str, ...],
-    known_stats: tuple[str, ...],
-    logits_budget: int | None,
+    stats: tuple[str, ...] = (),
+    known_stats: tuple[str, ...] = (),
 ) -> None:
     """Everything about the projection: hidden, weight, bias, targets and the head's scalars."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
@@ -64,8 +64,6 @@ def check_head(
     for name in stats:
         if name not in known_stats:
             raise ValueError(f"unknown entry {name!r} of stats; expected some of {known_stats}")
-    if logits_budget is not None:
-        _BYTES.check("logits_budget", logits_budget)
     vocabulary = len(weight)
     in_range = ((targets >= 0) & (targets < vocabulary)) | (targets == -100)
     require(in_range.all(), f"targets must be -100 or lie in [0, {vocabulary})", targets, in_range)
@@ -89,9 +87,17 @@ def check_sequences(
     cu_seqlens: Tensor | None,
     token_weights: Tensor | None,
     *,
-    paired: bool,
+    responses: int | None = None,
+    divides: bool = False,
 ) -> int:
-    """The number of sequences, from `(S, T, H)` or from `cu_seqlens`."""
+    """The number of prompts, or of sequences, from `(K·B, T, H)` or from `cu_seqlens`.
+
+    Args:
+        responses: K; None where sequences stand alone.
+        divides: averages divide by the token weights.
+    """
+    if responses is not None:
+        _RESPONSES.check("responses", responses)
     if cu_seqlens is None:
         if hidden.dim() != 3:
             raise ValueError(
@@ -116,10 +122,10 @@ def check_sequences(
         require(ends, f"cu_seqlens must end at the total of {total} rows of hidden", cu_seqlens)
         require((cu_seqlens.diff() > 0).all(), "cu_seqlens must increase", cu_seqlens)
         sequences = len(cu_seqlens) - 1
-    if paired and (sequences == 0 or sequences % 2):
+    if responses is not None and (sequences == 0 or sequences % responses):
         raise ValueError(
-            f"expected chosen sequences followed by as many rejected ones, an even number; "
-            f"got {sequences} sequences"
+            f"expected chosen sequences followed by as many rejected ones, {responses} for each "
+            f"prompt; got {sequences} sequences"
         )
     if token_weights is not None:
         _tensor("token_weights", token_weights)
@@ -132,19 +138,29 @@ def check_sequences(
         if token_weights.is_complex():
             raise TypeError(f"token_weights must be real, got {token_weights.dtype}")
         require(token_weights.isfinite().all(), "token_weights must be finite", token_weights)
-    return sequences
+        if divides:
+            valid = token_weights >= 0
+            message = "token_weights must not be negative where averages divide by them"
+            require(valid.all(), message, token_weights, valid)
+    elif divides:
+        raise ValueError("weighted_lengths=True needs token_weights")
+    return sequences // (responses or 1)
 
 
 def check_objective(
     objective: Objective | str,
-    sequences: int,
+    prompts: int,
+    responses: int,
     device: torch.device,
     *,
     ref_logps: Tensor | None,
     scores: Tensor | None,
+    pair_weights: Tensor | None,
+    betas: Tensor | None,
+    extras: Mapping[str, Tensor] | None,
     reduction: str,
 ) -> Objective:
-    """The objective, by its name too, and the per-sequence inputs it needs."""
+    """The objective, by its name too, and the per-sequence and per-prompt inputs it needs."""
     if isinstance(objective, str):
         objective = make_objective(objective)
     if not isinstance(objective, Objective):
@@ -154,28 +170,60 @@ def check_objective(
         )
     if reduction not in REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}; expected one of {list(REDUCTIONS)}")
-    name = type(objective).__name__
+    name, sequences = type(objective).__name__, responses * prompts
     for argument, tensor, needed in (
         ("ref_logps", ref_logps, objective.needs_reference),
         ("scores", scores, objective.needs_scores),
     ):
-        if tensor is None:
-            if needed:
-                raise ValueError(
-                    f"{name} needs {argument}: a tensor ({sequences},), chosen sequences first"
-                    + _score_hint(objective, argument)
-                )
-            continue
-        _tensor(argument, tensor)
-        if not tensor.is_floating_point() or tensor.shape != (sequences,):
+        if tensor is None and needed:
             raise ValueError(
-                f"{argument} must be floating point ({sequences},), chosen sequences first; got "
-                f"{_describe(tensor)}"
+                f"{name} needs {argument}: a tensor ({sequences},), chosen sequences first"
+                + _score_hint(objective, argument)
             )
-        if tensor.device != device:
-            raise ValueError(f"{argument} is on {tensor.device}, hidden on {device}")
-        require(tensor.isfinite().all(), f"{argument} must be finite", tensor)
+        if tensor is not None:
+            _vector(argument, tensor, (sequences,), device, ", chosen sequences first")
+    if pair_weights is not None:
+        _vector("pair_weights", pair_weights, (prompts,), device)
+        valid = pair_weights >= 0
+        require(valid.all(), "pair_weights must not be negative", pair_weights, valid)
+    if betas is not None:
+        if not objective.takes_betas:
+            raise ValueError(f"{name} takes no betas")
+        _vector("betas", betas, (prompts,), device)
+        require((betas > 0).all(), "betas must be positive", betas, betas > 0)
+    _check_extras(objective, dict(extras or {}), (prompts, sequences), device)
     return objective
+
+
+def _check_extras(
+    objective: Objective,
+    extras: dict[str, Tensor],
+    lengths: tuple[int, int],
+    device: torch.device,
+) -> None:
+    name = type(objective).__name__
+    for missing in set(objective.extras) - extras.keys():
+        raise ValueError(f"{name} needs extras[{missing!r}]: a tensor ({lengths[0]},)")
+    for extra, tensor in extras.items():
+        if extra not in objective.extras:
+            raise ValueError(f"{name} does not look at extras[{extra!r}]; name it in its `extras`")
+        _vector(f"extras[{extra!r}]", tensor, lengths, device)
+
+
+def _vector(
+    argument: str, tensor: Tensor, lengths: tuple[int, ...], device: torch.device, order: str = ""
+) -> None:
+    """A finite floating-point vector of one of these lengths, on hidden's device."""
+    _tensor(argument, tensor)
+    right_length = tensor.dim() == 1 and len(tensor) in lengths
+    if not tensor.is_floating_point() or not right_length:
+        shapes = " or ".join(f"({length},)" for length in dict.fromkeys(lengths))
+        raise ValueError(
+            f"{argument} must be floating point {shapes}{order}; got {_describe(tensor)}"
+        )
+    if tensor.device != device:
+        raise ValueError(f"{argument} is on {tensor.device}, hidden on {device}")
+    require(tensor.isfinite().all(), f"{argument} must be finite", tensor)
 
 
 def _score_hint(objective: Objective, argument: str) -> str:
@@ -205,25 +253,3 @@ def _here_or_on_host(name: str, tensor: Tensor, hidden: Tensor) -> None:
 
 def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)}"
-
-
-def require(
-    condition: Tensor, message: str, tensor: Tensor | None = None, valid: Tensor | None = None
-) -> None:
-    """Raises on the CPU; elsewhere asserts on the device without waiting for it."""
-    if condition.device.type in _ASYNC_DEVICES:
-        torch._assert_async(condition, message)
-    elif not condition:
-        got = "" if tensor is None else f"; got {_offending(tensor, valid)}"
-        raise ValueError(message + got)
-
-
-def _offending(tensor: Tensor, valid: Tensor | None) -> object:
-    """The first bad entry and its index, or a short tensor whole."""
-    if valid is None:
-        if tensor.is_floating_point():
-            valid = tensor.isfinite()
-        else:
-            return tensor.tolist()
-    index = tuple((~valid).nonzero()[0].tolist())
-    return f"{tensor[index].item()} at {index}"

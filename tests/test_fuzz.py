@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
-from fastpref import Balance, reference
+from fastpref import Balance, Objective, reference
 from fastpref.backends import torch_backend
 from fastpref.commands.verify import Shape, make_batch, verify_batch
 from fastpref.objectives import hyperparameters, make_objective, objective_names
@@ -47,7 +47,8 @@ class Case:
     of_weight: torch.dtype
     layouts: dict[str, str]
     empty: int | None  # a response without a scored token
-    objective: object
+    objective: Objective
+    weights_and_betas: bool
     schedule: str
     seed: int
 
@@ -59,6 +60,11 @@ class Case:
             length = len(batch.targets.flatten()) // (2 * self.shape.pairs)
             start = self.empty % (2 * self.shape.pairs) * length
             batch.targets.view(-1)[start : start + length] = -100
+        if self.weights_and_betas:
+            draw = torch.Generator().manual_seed(self.seed)
+            batch.options["pair_weights"] = torch.rand(self.shape.pairs, generator=draw)
+            if self.objective.takes_betas:
+                batch.options["betas"] = 0.1 + torch.rand(self.shape.pairs, generator=draw)
         bias = None if batch.bias is None else batch.bias.to(self.of_weight)
         tensors = {
             "hidden": batch.hidden.to(self.of_hidden),
@@ -93,17 +99,12 @@ LAYOUTS = {
 def objectives(draw):
     name = draw(st.sampled_from(objective_names()))
     known, fields = hyperparameters(name), {}
-    ranges = {
-        "beta": (0.02, 3), "label_smoothing": (0, 0.4), "gamma": (0, 3), "alpha": (-0.1, 0.1),
-        "nll_weight": (0, 1), "odds_weight": (0, 1), "eta": (0, 1), "tau_ref": (0, 2),
-        "tau_good": (0, 10),
-    }  # fmt: skip
     for field, default in known.items():
         if isinstance(default, bool):
             fields[field] = draw(st.booleans())
-        elif field in ranges:
-            fields[field] = draw(st.floats(*ranges[field]))
-    if draw(st.booleans()):
+        elif isinstance(default, float):
+            fields[field] = default * draw(st.floats(0.3, 1.2)) or draw(st.floats(0, 0.3))
+    if "balance" in known and draw(st.booleans()):
         sources = ["policy"] if name == "orpo" else ["policy", "implicit_reward"]
         fields["balance"] = Balance(
             source=draw(st.sampled_from(sources)),
@@ -124,6 +125,8 @@ def cases(draw, floats=FLOATS):
         "logit_scale": draw(st.just(1.0) | st.floats(0.05, 2) | st.floats(-2, -0.05)),
         "temperature": draw(st.just(1.0) | st.floats(0.3, 3)),
     }
+    objective = draw(objectives())
+    schedules = ["frozen_head", "recompute"] + ["pair_groups"] * (not objective.couples_pairs)
     return Case(
         Shape(
             "",
@@ -144,8 +147,9 @@ def cases(draw, floats=FLOATS):
             for name in ("hidden", "weight", "targets", "bias", "options")
         },
         draw(st.none() | st.integers(0, 5)),
-        draw(objectives()),
-        draw(st.sampled_from(["frozen_head", "pair_groups", "recompute"])),
+        objective,
+        draw(st.booleans()),
+        draw(st.sampled_from(schedules)),
         draw(st.integers(0, 2**16)),
     )
 

@@ -10,25 +10,47 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpref import (
+    AOT,
+    BCO,
     CPO,
     DPO,
+    DPOP,
+    EXO,
     IPO,
+    NCA,
+    ODPO,
     ORPO,
     RDPO,
+    RPO,
+    SFT,
+    SPPO,
+    WPO,
     AdaDPO,
+    AOTUnpaired,
+    APODown,
+    APOZero,
     Balance,
+    BetaDPO,
+    ChiPO,
+    DiscoPOP,
+    Divergence,
     Hinge,
+    Mixture,
     Objective,
     PairLogps,
+    PlackettLuce,
+    RankedPairs,
+    Robust,
     SimPO,
     UniDPO,
     reference,
 )
 from fastpref.objectives import (
     PUBLISHED_SETTINGS,
+    hyperparameters,
     make_objective,
+    mean_or_zero,
     objective_names,
-    pair_metrics,
 )
 
 BALANCES = [
@@ -63,7 +85,54 @@ VARIANTS = [
     UniDPO(detach_performance_weight=True),
     AdaDPO(),
     AdaDPO(beta=0.3, balance=Balance(ceiling=1.5)),
+    Robust(),
+    Robust(beta=0.7, label_smoothing=0.3),
+    EXO(),
+    EXO(beta=0.7, label_smoothing=0.2),
+    DiscoPOP(),
+    DiscoPOP(beta=0.3, tau=0.5),
+    RPO(),
+    RPO(beta=0.3, nll_weight=0.2, label_smoothing=0.1),
+    ODPO(),
+    ODPO(beta=0.4, alpha=0.3),
+    DPOP(),
+    DPOP(beta=0.1, penalty=2.0),
+    ChiPO(beta=0.01),
+    ChiPO(beta=0.5, largest_reward=0.5),
+    BetaDPO(),
+    BetaDPO(beta=0.3, alpha=2.0, threshold=0.5),
 ]
+# Objectives that no balance applies to.
+OTHERS = [
+    NCA(),
+    NCA(beta=0.7),
+    BCO(),
+    SPPO(),
+    SPPO(beta=0.5),
+    APOZero(),
+    APODown(),
+    APODown(beta=1.3),
+    AOT(),
+    AOT(label_smoothing=0.2),
+    AOTUnpaired(beta=0.3, label_smoothing=0.1),
+    SFT(),
+    Mixture([(DPO(beta=0.2), 0.8), (BCO(), 0.2), (SFT(), 1.5)]),
+    Mixture([(SimPO(), -0.5), (UniDPO(), 1.0)], beta=0.3),
+    WPO(DPO()),
+    WPO(Mixture([(IPO(), 1.0), (AOT(), 2.0)])),
+]
+DIVERGENCES = [
+    Divergence(),
+    Divergence("forward_kl"),
+    Divergence("js"),
+    Divergence("alpha", alpha=0.3),
+    Divergence("alpha", alpha=1.0 + 1e-4),
+]
+
+
+def metrics_of(objective, pairs):
+    with torch.no_grad():
+        return {name: mean_or_zero(x) for name, x in objective.report(pairs).items()}
 
 
 def with_balances(objective):
@@ -75,17 +144,26 @@ def with_balances(objective):
             assert balance.source == "implicit_reward"
 
 
-ALL = [variant for objective in VARIANTS for variant in with_balances(objective)]
+ALL = [variant for objective in VARIANTS for variant in with_balances(objective)] + OTHERS
+BALANCED = [name for name in objective_names() if "balance" in hyperparameters(name)]
 
 
-def make_pairs(count=16, seed=0, dtype=torch.float64):
+def make_pairs(count=16, seed=0, dtype=torch.float64, ordered=False):
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 60, (2, count), generator=draw)
     mean = -2.5 * torch.rand(2, count, generator=draw, dtype=torch.float64)
     ref = mean + 0.3 * torch.randn(2, count, generator=draw, dtype=torch.float64)
     scores = 10 * torch.rand(2, count, generator=draw, dtype=torch.float64)
+    if ordered:  # the chosen response has the higher score
+        scores = scores.sort(0, descending=True).values
+    alignments = lengths * torch.rand(2, count, generator=draw, dtype=torch.float64) - 0.5
     parts = [*(mean * lengths), *lengths, *(ref * lengths), *scores]
-    return PairLogps(*(part.to(dtype) for part in parts))
+    return PairLogps(
+        *(part.to(dtype) for part in parts),
+        chosen_alignments=alignments[0].to(dtype),
+        rejected_alignments=alignments[1].to(dtype),
+        mean_chosen_length=lengths[0].double().mean().item(),
+    )
 
 
 def losses_and_coefs(losses_of, pairs):
@@ -99,7 +177,7 @@ def losses_and_coefs(losses_of, pairs):
 
 @pytest.mark.parametrize("objective", ALL, ids=repr)
 def test_losses_and_coefficients_equal_the_reference(objective):
-    pairs = make_pairs()
+    pairs = make_pairs(ordered=isinstance(objective, ODPO))
     ours = losses_and_coefs(objective, pairs)
     truth = losses_and_coefs(lambda p: reference.pair_losses(objective, p), pairs)
     for found, expected in zip(ours, truth, strict=True):
@@ -111,12 +189,18 @@ def test_losses_and_coefficients_equal_the_reference(objective):
 
 @pytest.mark.parametrize(
     "objective",
-    # A balance and a detached weight are constants to autograd, not to finite differences.
-    [o for o in VARIANTS if o.balance is None and not getattr(o, "detach_performance_weight", 0)],
+    # A balance, a detached weight and a batch's β are constants to autograd, not to differences.
+    [
+        o
+        for o in [*VARIANTS, *OTHERS]
+        if getattr(o, "balance", None) is None
+        and not getattr(o, "detach_performance_weight", False)
+        and not isinstance(o, BetaDPO)
+    ],
     ids=repr,
 )
 def test_gradcheck(objective):
-    pairs = make_pairs(count=6, seed=3)
+    pairs = make_pairs(count=6, seed=3, ordered=True)
 
     def losses(chosen, rejected):
         moved = dataclasses.replace(pairs, chosen_logps=chosen, rejected_logps=rejected)
@@ -224,9 +308,9 @@ def test_swapping_responses_swaps_coefficients_of_equal_exponents(a, b, n_a, n_b
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", objective_names())
+@pytest.mark.parametrize("name", BALANCED)
 def test_ceiling_and_floor_of_one_are_no_balance_bit_for_bit(name, dtype):
-    pairs = make_pairs(dtype=dtype)
+    pairs = make_pairs(dtype=dtype, ordered=True)
     plain = losses_and_coefs(make_objective(name, balance=None), pairs)
     one = Balance(ceiling=1, floor=1, rejected_exponent=0.7)
     for found, expected in zip(
@@ -313,7 +397,7 @@ def test_adadpo_is_dpo_with_a_balance():
 def test_metrics_are_means_over_pairs(normalized):
     pairs = make_pairs()
     objective = UniDPO(balance=Balance(ceiling=1.2, floor=0.8), length_normalized=normalized)
-    metrics = pair_metrics(objective, pairs)
+    metrics = metrics_of(objective, pairs)
     n_w, n_l = (pairs.chosen_lengths, pairs.rejected_lengths) if normalized else (1, 1)
     rewards = 2.0 * (pairs.chosen_logps - pairs.ref_chosen_logps) / n_w
     others = 2.0 * (pairs.rejected_logps - pairs.ref_rejected_logps) / n_l
@@ -332,10 +416,10 @@ def test_metrics_are_means_over_pairs(normalized):
 def test_rewards_say_what_the_loss_prefers():
     """A short chosen response, likelier per token: its sum is the larger, its average too."""
     pairs = one_pair(-100.0, -40.0, 200, 20)  # averages −0.5 and −2
-    metrics = pair_metrics(SimPO(), pairs)
+    metrics = metrics_of(SimPO(), pairs)
     assert metrics["rewards/margins"] == 3.0
     assert metrics["rewards/accuracies"] == 1
-    summed = pair_metrics(CPO(), pairs)
+    summed = metrics_of(CPO(), pairs)
     assert summed["rewards/margins"] == pytest.approx(-6.0)
     assert summed["rewards/accuracies"] == 0
 
@@ -346,7 +430,7 @@ def test_rewards_of_objectives_without_a_reference_do_not_look_at_one(objective,
     pairs = make_pairs()
     if not given:
         pairs = dataclasses.replace(pairs, ref_chosen_logps=None, ref_rejected_logps=None)
-    metrics = pair_metrics(objective, pairs)
+    metrics = metrics_of(objective, pairs)
     of = pairs.chosen_logps / (pairs.chosen_lengths if objective.length_normalized else 1)
     expected = objective.reward_scale * of.mean()
     torch.testing.assert_close(metrics["rewards/chosen"], expected)
@@ -386,6 +470,14 @@ def test_balance_from_settings():
         (lambda: CPO(nll_weight=-1), "nll_weight must be finite and at least 0, got -1"),
         (lambda: UniDPO(nll_weight=-1e-3), "nll_weight"),
         (lambda: ORPO(odds_weight=-1), "odds_weight"),
+        (lambda: Divergence("hellinger"), "unknown divergence 'hellinger'.*forward_kl"),
+        (lambda: SimPO(divergence=Divergence("js")), "SimPO has no reference to diverge from"),
+        (lambda: ChiPO(divergence=Divergence("js")), "ChiPO has a divergence of its own"),
+        (lambda: EXO(label_smoothing=0.0), "label_smoothing must be finite and above 0"),
+        (lambda: Mixture([]), "at least one"),
+        (lambda: Mixture([(DPO(), math.nan)]), "weight must be finite"),
+        (lambda: Mixture([(DPO(), 1.0)], beta=0), "beta must be finite and above 0"),
+        (lambda: RankedPairs(AOT()), "couples no pairs"),
         (lambda: UniDPO.for_model("gpt-2"), "'gpt-2'.*gemma-2-9b-it"),
         (lambda: UniDPO().for_scores((1, 1), (0, 1)), "theirs must increase"),
         (lambda: UniDPO().for_scores((1, 5), (0, math.nan)), "yours must be finite"),
@@ -397,11 +489,14 @@ def test_bad_settings(make, message):
         make()
 
 
+SETTINGS = {"balance": Balance, "divergence": Divergence, "plackettluce": PlackettLuce}
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, "1", None, True, 1j])
-@pytest.mark.parametrize("owner", [*objective_names(), "balance"])
+@pytest.mark.parametrize("owner", [*(n for n in objective_names() if n != "sft"), *SETTINGS])
 def test_every_number_must_be_one(owner, bad):
     """No hyperparameter of any objective lets through what would train NaN or nothing."""
-    make = Balance if owner == "balance" else functools.partial(make_objective, owner)
+    make = SETTINGS.get(owner) or functools.partial(make_objective, owner)
     fields = dataclasses.fields(make())
     names = [field.name for field in fields if isinstance(field.default, float)]
     assert names
@@ -410,6 +505,57 @@ def test_every_number_must_be_one(owner, bad):
             continue
         with pytest.raises((ValueError, TypeError), match=name):
             make(**{name: bad})
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+@pytest.mark.parametrize(
+    "objective",
+    [DPO(), DPO(length_normalized=True), Hinge(), IPO(), RDPO(), UniDPO(), Robust(), EXO(), RPO()],
+    ids=lambda objective: type(objective).__name__,
+)
+def test_divergences_choose_the_reward(objective, divergence):
+    pairs = dataclasses.replace(make_pairs(), **SMALL_RATIOS)
+    ours = dataclasses.replace(objective, divergence=divergence)
+    truth = losses_and_coefs(lambda p: reference.pair_losses(ours, p), pairs)
+    for found, expected in zip(losses_and_coefs(ours, pairs), truth, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    plain = objective(pairs)
+    same = divergence.name == "reverse_kl" or abs(divergence.alpha - 1) < 1e-3
+    assert torch.allclose(ours(pairs), plain, rtol=1e-3) == same
+    assert ours.formula() is None
+
+
+_MEANS = make_pairs()
+# Log-ratios within ±3 nats, where no exponential is cut.
+SMALL_RATIOS = {
+    "ref_chosen_logps": _MEANS.chosen_logps + torch.linspace(-3, 3, 16),
+    "ref_rejected_logps": _MEANS.rejected_logps + torch.linspace(2, -3, 16),
+}
+
+
+def test_extreme_divergences_are_finite():
+    far = torch.tensor([1e4, -1e4])
+    for divergence in (*DIVERGENCES, Divergence("alpha", alpha=3.0)):
+        assert divergence.reward(far).isfinite().all(), divergence
+
+
+def test_needs_of_mixtures_are_those_of_their_terms():
+    plain = Mixture([(SimPO(), 1.0), (SFT(), 0.5)])
+    assert not (plain.needs_reference or plain.needs_scores or plain.couples_pairs)
+    mixed = Mixture([(SimPO(beta=3.0), 1.0), (UniDPO(), 1.0), (WPO(AOT()), 1.0)])
+    assert mixed.needs_reference
+    assert mixed.needs_scores
+    assert mixed.couples_pairs
+    assert mixed.needs_alignments
+    assert not mixed.takes_betas
+    assert mixed.reward_scale == 3.0
+    assert Mixture([(DPO(), 1.0)], beta=0.7).reward_scale == 0.7
+
+
+def test_robust_dpo_is_conservative_dpo_of_the_opposite_noise():
+    """Its fused formula: −ε/(1−2ε) in place of ε."""
+    formula = Robust(label_smoothing=0.2).formula()
+    assert formula.label_smoothing == pytest.approx(-0.2 / 0.6)
 
 
 def test_flags_must_be_flags():
@@ -449,6 +595,26 @@ def test_scores_on_another_scale_weigh_the_same():
     objective = UniDPO(nll_weight=0.3, tau_good=5.0)
     elsewhere = objective.for_scores((1.0, 5.0), (3.0, 31.0))
     torch.testing.assert_close(elsewhere(stretched), objective(pairs))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Mixture([(PlackettLuce(), 1.0)]),
+        lambda: Mixture([("dpo", 1.0)]),
+        lambda: WPO(DPO),
+        lambda: RankedPairs(PlackettLuce()),
+        lambda: DPO(divergence="js"),
+    ],
+)
+def test_parts_must_be_objectives_of_pairs(make):
+    with pytest.raises(TypeError, match="objective of pairs|must be a Divergence"):
+        make()
+
+
+def test_odpo_refuses_pairs_out_of_order():
+    with pytest.raises(ValueError, match="ODPO needs chosen scores above the rejected ones; got"):
+        ODPO()(make_pairs())
 
 
 def test_balance_must_be_a_balance():

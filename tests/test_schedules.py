@@ -687,15 +687,22 @@ def test_linear_logps_returns_a_tensor_without_statistics():
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_sequence_logps_of_any_number_of_sequences(backend):
-    sums, lengths = sequence_logps(
-        PADDED.hidden[:5].requires_grad_(), PADDED.weight, PADDED.targets[:5], backend=backend
-    )
-    truth, counts = reference.sequence_logps(
-        PADDED.hidden[:5].double(), PADDED.weight.double(), PADDED.targets[:5]
-    )
-    assert not sums.requires_grad
+    hidden = PADDED.hidden[:5].clone().requires_grad_()
+    given = PADDED.weight, PADDED.targets[:5]
+    sums, lengths = sequence_logps(hidden, *given, backend=backend)
+    exact = PADDED.hidden[:5].double().requires_grad_()
+    truth, counts = reference.sequence_logps(exact, given[0].double(), given[1])
     torch.testing.assert_close(sums, truth.detach().float())
     assert torch.equal(lengths, counts)
+    with torch.no_grad():
+        unrecorded, _ = sequence_logps(hidden, *given, backend=backend)
+    assert not unrecorded.requires_grad
+    assert torch.equal(unrecorded, sequence_logps(hidden.detach(), *given, backend=backend)[0])
+    upstream = torch.linspace(-1, 2, 5)
+    sums.backward(upstream)
+    truth.backward(upstream.double())
+    size = exact.grad.abs().max()
+    assert (hidden.grad - exact.grad).abs().max() <= 2e-5 * size
 
 
 def test_reference_log_probabilities_of_the_policy_itself_give_no_margin():

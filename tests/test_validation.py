@@ -53,7 +53,7 @@ CASES = {
         good(hidden=torch.randn(0, T, H), targets=torch.zeros(0, T).long()),
         "0 sequences",
     ),
-    "odd packed": (packed([0, 5, 10, 20]), "even number; got 3 sequences"),
+    "odd packed": (packed([0, 5, 10, 20]), "2 for each prompt; got 3 sequences"),
     "one side longer": (good(ref_logps=torch.zeros(3)), r"ref_logps must be .*\(4,\).*got.*\(3,\)"),
     "target -1": (good(targets=with_target(-1)), r"targets.*\[0, 11\); got -1 at \(2, 3\)"),
     "target V": (good(targets=with_target(V)), r"targets.*\[0, 11\); got 11 at \(2, 3\)"),

@@ -106,12 +106,13 @@ class Grads:
 
 @dataclass
 class Weighed:
-    """What becomes of the token log-probabilities of some pairs."""
+    """What becomes of the token log-probabilities of some prompts, K responses each."""
 
-    logps: Tensor  # (2·pairs,) of the responses, pair after pair
-    losses: Tensor  # (pairs,)
+    logps: Tensor  # (K·prompts,) of the responses, prompt after prompt
+    losses: Tensor  # (prompts,)
     coef: Tensor  # (n,) ∂(Σ losses / divisor) / ∂ of each token's log-probability
-    metrics: dict[str, Tensor] | None = None  # (pairs,) by name, 0 where a response is empty
+    metrics: dict[str, Tensor] | None = None  # (prompts,) by name, 0 where a response is empty
+    alignments: Tensor | None = None  # (K·prompts,) where the objective needs them
 
 
 class Backend(Protocol):

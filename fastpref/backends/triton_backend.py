@@ -135,7 +135,7 @@ def weigh_pairs(
     logps: Tensor,  # (n,)
     offsets: Tensor,  # (2B + 1,)
     formula: PairFormula,
-    **pairs: object,  # first, last, divisor, ref_logps (2, B), scores (2, B), token_weights (n,)
+    **pairs: object,  # as in `fastpref_kernels.weigh_pairs`
 ) -> Weighed:
     """Losses, coefficients and metrics of pairs in one launch."""
     sums, losses, coef, values = kernels.weigh_pairs(logps, offsets, formula, **pairs)

@@ -9,7 +9,9 @@ proportion to u: it measures how the problem amplifies rounding, for whatever co
     log-probabilities   δ = 2 E + u (1 + z) n + u max|ℓ|        one rounding of each token's logit
     loss                2 E + Σ |L(ℓ ± δ) − L(ℓ)| + 2 u max|L|  what δ does to the objective
     gradients           2 E + (u (1 + z) + ρ + u_out) max|x|    what δ does to its coefficients: ρ,
-                                                                and the final rounding
+                          + u (1 + z) max Σ |coef| p |w|        and the final rounding; and what one
+                                                                rounding of each logit does to p,
+                                                                beside which 1 − p may be small
 
 Where products multiply half-precision operands, the gradient G of the logits is one of them: its
 rounding adds max u_out |G|ᵀ|h| to what ∂W may be off, and max u_out |G||W| to ∂h.
@@ -32,8 +34,8 @@ from fastpref.backends.products import multiplies_half
 from fastpref.loss import PreferenceOutput, preference_loss
 from fastpref.objectives import (
     Balance,
+    ListLogps,
     Objective,
-    PairLogps,
     make_objective,
     objective_names,
 )
@@ -79,7 +81,7 @@ class Batch:
     weight: Tensor
     targets: Tensor
     bias: Tensor | None
-    options: dict[str, object]  # ref_logps, scores, cu_seqlens, token_weights and head scalars
+    options: dict[str, object]  # what else `preference_loss` takes, but for the planner's
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,10 @@ def make_batch(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> 
     positions = torch.arange(length)
     targets[(positions < prompt) | (positions >= end)] = -100
     lengths = (targets != -100).sum(1)
+    scores = (10 * torch.rand(2, shape.pairs, generator=draw)).sort(0, descending=True).values
     # Near the policy's own log-probabilities, so that no loss is saturated.
     options: dict[str, object] = {
-        "scores": (10 * torch.rand(sequences, generator=draw)).to(device),
+        "scores": scores.flatten().to(device),
         **shape.scalars,
     }
     if shape.weighted:
@@ -150,7 +153,8 @@ def verify(
 ) -> dict[str, list[Result]]:
     """Errors of `preference_loss` by schedule: log-probabilities, loss and gradients.
 
-    With "frozen_head" the head requires no gradient.
+    With "frozen_head" the head requires no gradient; "pair_groups" takes no objective that couples
+    pairs.
     """
     batch = make_batch(shape, dtype, device)
     return verify_batch(objective, batch, shape.rows, backend, schedules)
@@ -171,6 +175,8 @@ def verify_batch(
     budget = rows * len(batch.weight) * accumulate_dtype(dtype).itemsize
     found = {}
     for schedule in schedules:
+        if schedule == "pair_groups" and objective.couples_pairs:
+            continue
         how = {"backend": backend, "schedule": schedule, "logits_budget": budget}
         ours = _run(batch, objective, frozen=schedule == "frozen_head", **how)
         errors = {
@@ -232,6 +238,9 @@ def _allowed(
         result = torch.finfo(leaves[name].dtype)
         rounding = max(result.eps / 2 * largest, result.smallest_normal * result.eps / 2)
         allowed[name] = amplified[name] + (of_logit + of_coefs) * largest + rounding
+    for name, error in probability_errors(wide, coefs, scalars).items():
+        if name in allowed:
+            allowed[name] += of_logit * error
     if dtype.itemsize == 2 and multiplies_half(batch.hidden.device.type):
         for name, error in rounded_operand_errors(wide, coefs, scalars, dtype).items():
             if name in allowed:
@@ -256,24 +265,49 @@ def rounded_operand_errors(
     }
 
 
+def probability_errors(
+    batch: Batch,  # in float64
+    coefs: Tensor,  # (2, B) ∂ΣL/∂ℓ
+    scalars: dict[str, float],
+) -> dict[str, float]:
+    """What a relative error of 1 in every probability can do to the gradients."""
+    scored, of_rows = _scored_rows(batch, coefs)
+    hidden = batch.hidden.flatten(0, -2)[scored]
+    z = reference.logits(hidden, batch.weight, bias=batch.bias, **scalars)
+    slope = scalars.get("logit_scale", 1.0) / scalars.get("temperature", 1.0)
+    moved = (slope * of_rows).abs()[:, None] * torch.softmax(z, -1)  # (n, V)
+    return {
+        "∂h": _largest(moved @ batch.weight.abs()),
+        "∂W": _largest(moved.T @ hidden.abs()),
+        "∂b": _largest(moved.sum(0)),
+    }
+
+
 def logits_gradient(
     batch: Batch, coefs: Tensor, scalars: dict[str, float]
 ) -> tuple[Tensor, Tensor]:
     """∂(mean loss)/∂(W h + b) `(n, V)` of the scored rows, and their hidden states `(n, H)`."""
-    targets = batch.targets.flatten()
-    scored = targets != -100
+    scored, of_rows = _scored_rows(batch, coefs)
     hidden = batch.hidden.flatten(0, -2)[scored]
     leaf = hidden.new_zeros(len(hidden), len(batch.weight))
     if batch.bias is not None:
         leaf += batch.bias
     leaf.requires_grad_()
-    logps = reference.linear_logps(hidden, batch.weight, targets[scored], bias=leaf, **scalars)
+    targets = batch.targets.flatten()[scored]
+    logps = reference.linear_logps(hidden, batch.weight, targets, bias=leaf, **scalars)
+    (grad,) = torch.autograd.grad(logps, leaf, of_rows)
+    return grad, hidden
+
+
+def _scored_rows(batch: Batch, coefs: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows are scored, and ∂(mean loss)/∂ of their log-probabilities."""
+    targets = batch.targets.flatten()
     per_sequence = coefs.flatten() / coefs.shape[1]
     of_rows = per_sequence.repeat_interleave(len(targets) // len(per_sequence))
     if "token_weights" in batch.options:
         of_rows = of_rows * batch.options["token_weights"].flatten()
-    (grad,) = torch.autograd.grad(logps, leaf, of_rows[scored])
-    return grad, hidden
+    scored = targets != -100
+    return scored, of_rows[scored]
 
 
 def _weigh(objective: Objective, batch: Batch, truth: _Run, logps: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,9 +319,20 @@ def _weigh(objective: Objective, batch: Batch, truth: _Run, logps: Tensor) -> tu
     def of(values: Tensor) -> Tensor:
         return values.to(leaf.dtype).view(2, -1)[:, counted]
 
+    def of_pairs(name: str) -> Tensor | None:
+        values = batch.options.get(name)
+        return None if values is None else values.to(leaf.dtype)[counted]
+
     inputs = lengths, batch.options["ref_logps"], batch.options["scores"]
-    pairs = PairLogps(*leaf[:, counted], *(x for values in inputs for x in of(values)))
-    losses = reference.pair_losses(objective, pairs)
+    seen = ListLogps(
+        leaf[:, counted],
+        *map(of, inputs),
+        betas=of_pairs("betas"),
+        mean_lengths=tuple(lengths.double().mean(1).unbind()),
+    )
+    losses = reference.pair_losses(objective, objective.view(seen))
+    if "pair_weights" in batch.options:
+        losses = losses * of_pairs("pair_weights")
     (coefs,) = torch.autograd.grad(losses.sum(), leaf)
     return losses.detach(), coefs
 

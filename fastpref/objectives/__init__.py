@@ -1,9 +1,14 @@
-"""Preference objectives: pure functions of a chosen and a rejected sequence log-probability.
+"""Preference objectives: pure functions of the log-probabilities of whole responses.
 
-base      what an objective is given and must offer; metrics
-balance   AdaDPO's coefficients, for any margin
-margin    DPO, Hinge, IPO, SimPO, R-DPO, CPO, ORPO, AdaDPO
-unidpo    Uni-DPO
+base        what an objective is given and must offer; metrics
+margin      DPO, Hinge, IPO, SimPO, R-DPO, CPO, ORPO, AdaDPO
+balance     AdaDPO's coefficients, for any margin
+divergence  f-divergences as rewards, for any margin
+unidpo      Uni-DPO
+variants    losses of DPO's margin with a twist: Robust, EXO, DiscoPOP, RPO, ODPO, …
+separate    losses of each response's own reward: NCA, BCO, SPPO, APO, AOT, SFT
+mixtures    weighted sums; WPO's weights
+lists       K ranked responses a prompt: Plackett–Luce, pairs of a ranking
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from typing import Any
 
 from fastpref.objectives.balance import Balance
 from fastpref.objectives.base import (
+    ListLogps,
     Objective,
     PairFormula,
     PairLogps,
@@ -20,8 +26,10 @@ from fastpref.objectives.base import (
     is_built_in,
     mean_or_zero,
     own_parameters,
-    pair_metrics,
+    step_metrics,
 )
+from fastpref.objectives.divergence import Divergence
+from fastpref.objectives.lists import ListObjective, PlackettLuce, RankedPairs
 from fastpref.objectives.margin import (
     CPO,
     DPO,
@@ -33,24 +41,68 @@ from fastpref.objectives.margin import (
     MarginObjective,
     SimPO,
 )
+from fastpref.objectives.mixtures import WPO, Mixture
+from fastpref.objectives.separate import (
+    AOT,
+    BCO,
+    NCA,
+    SFT,
+    SPPO,
+    AOTUnpaired,
+    APODown,
+    APOZero,
+)
 from fastpref.objectives.unidpo import PUBLISHED_SETTINGS, UniDPO
+from fastpref.objectives.variants import (
+    DPOP,
+    EXO,
+    ODPO,
+    RPO,
+    BetaDPO,
+    ChiPO,
+    DiscoPOP,
+    Robust,
+)
 
 __all__ = [
-    "CPO",
-    "DPO",
-    "IPO",
-    "ORPO",
-    "PUBLISHED_SETTINGS",
-    "RDPO",
+    "AOT",
+    "AOTUnpaired",
+    "APODown",
+    "APOZero",
     "AdaDPO",
+    "BCO",
     "Balance",
+    "BetaDPO",
+    "CPO",
+    "ChiPO",
+    "DPO",
+    "DPOP",
+    "DiscoPOP",
+    "Divergence",
+    "EXO",
     "Hinge",
+    "IPO",
+    "ListLogps",
+    "ListObjective",
     "MarginObjective",
+    "Mixture",
+    "NCA",
+    "ODPO",
+    "ORPO",
     "Objective",
+    "PUBLISHED_SETTINGS",
     "PairFormula",
     "PairLogps",
+    "PlackettLuce",
+    "RDPO",
+    "RPO",
+    "RankedPairs",
+    "Robust",
+    "SFT",
+    "SPPO",
     "SimPO",
     "UniDPO",
+    "WPO",
     "evaluate",
     "hyperparameters",
     "is_built_in",
@@ -58,12 +110,15 @@ __all__ = [
     "mean_or_zero",
     "objective_names",
     "own_parameters",
-    "pair_metrics",
+    "step_metrics",
 ]
 
-_BUILT_IN: dict[str, type[Objective]] = {
-    cls.__name__.lower(): cls for cls in (DPO, Hinge, IPO, SimPO, RDPO, CPO, ORPO, UniDPO, AdaDPO)
-}
+_PAIRWISE = (
+    DPO, Hinge, IPO, SimPO, RDPO, CPO, ORPO, UniDPO, AdaDPO,
+    Robust, EXO, DiscoPOP, RPO, ODPO, DPOP, ChiPO, BetaDPO,
+    NCA, BCO, SPPO, APOZero, APODown, AOT, AOTUnpaired, SFT,
+)  # fmt: skip
+_BUILT_IN: dict[str, type[Objective]] = {cls.__name__.lower(): cls for cls in _PAIRWISE}
 
 
 def objective_names() -> list[str]:
@@ -79,7 +134,8 @@ def hyperparameters(name: str) -> dict[str, Any]:
 def make_objective(name: str, **fields: Any) -> Objective:
     """The built-in objective called `name`, whatever its case, `-` or `_`.
 
-    `balance` may be a `Balance`, a dictionary of its fields, True for `Balance()`, or None.
+    `balance` may be a `Balance`, a dictionary of its fields, True for `Balance()`, or None;
+    `divergence` a `Divergence`, its name, or a dictionary of its fields.
 
     Raises:
         ValueError: an unknown name or hyperparameter; the message lists those there are.
@@ -96,6 +152,11 @@ def make_objective(name: str, **fields: Any) -> Objective:
             fields["balance"] = Balance()
         case False:
             fields["balance"] = None
+    match fields.get("divergence"):
+        case str() as divergence:
+            fields["divergence"] = Divergence(divergence)
+        case dict() as settings:
+            fields["divergence"] = Divergence(**settings)
     return cls(**fields)
 
 

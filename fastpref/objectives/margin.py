@@ -26,6 +26,7 @@ from torch.nn.functional import logsigmoid
 from fastpref.domains import check_fields, number
 from fastpref.objectives.balance import Balance
 from fastpref.objectives.base import Objective, PairFormula, PairLogps, is_built_in
+from fastpref.objectives.divergence import Divergence
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,10 @@ class MarginObjective(Objective):
     """An objective of a margin between two rewards, which a `Balance` may weight."""
 
     balance: Balance | None = dataclasses.field(default=None, kw_only=True)
+    divergence: Divergence | None = dataclasses.field(default=None, kw_only=True)
 
     uses_reference: ClassVar[bool] = True
+    takes_betas: ClassVar[bool] = True
     # A field where the formula does not fix it; annotated here, it would come before beta there.
     length_normalized = False
 
@@ -42,6 +45,12 @@ class MarginObjective(Objective):
         check_fields(self)
         if self.balance is not None and not isinstance(self.balance, Balance):
             raise TypeError(f"balance must be a Balance or None, got {self.balance!r}")
+        if self.divergence is None:
+            return
+        if not isinstance(self.divergence, Divergence):
+            raise TypeError(f"divergence must be a Divergence or None, got {self.divergence!r}")
+        if not self.uses_reference:
+            raise ValueError(f"{type(self).__name__} has no reference to diverge from")
 
     @property
     def needs_reference(self) -> bool:
@@ -54,14 +63,24 @@ class MarginObjective(Objective):
 
     def margin_rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         """The two rewards ρ whose difference is the margin, before β and the balance."""
-        return self.rewards(pairs)
+        if self.divergence is None:
+            return self.rewards(pairs)
+        chosen, rejected = map(self.divergence.reward, pairs.log_ratios(normalized=False))
+        if not self.length_normalized:
+            return chosen, rejected
+        return chosen / pairs.chosen_lengths, rejected / pairs.rejected_lengths
+
+    def beta_of(self, pairs: PairLogps) -> float | Tensor:
+        """β, of each pair where the batch has its own."""
+        return self.beta if pairs.betas is None else pairs.betas
 
     def balance_log_probs(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         return self.balance.log_probs(pairs)
 
     def formula(self) -> PairFormula | None:
-        """Built-in objectives have one; a subclass may compute something else, and has none."""
-        if not is_built_in(self):
+        """Of the objectives that have ingredients; a subclass may compute something else."""
+        ingredients = self._ingredients()
+        if ingredients is None or not is_built_in(self) or self.divergence is not None:
             return None
         common = {
             "uses_reference": self.uses_reference,
@@ -69,11 +88,11 @@ class MarginObjective(Objective):
             "balance": self.balance,
             "reward_scale": self.reward_scale,
         }
-        return PairFormula(**(common | self._ingredients()))
+        return PairFormula(**(common | ingredients))
 
-    def _ingredients(self) -> dict[str, Any]:
-        """What the formula has besides the fields that all objectives share."""
-        raise NotImplementedError
+    def _ingredients(self) -> dict[str, Any] | None:
+        """What the formula has besides the fields that all share; None where it does not fit."""
+        return None
 
     def reward_margin(self, pairs: PairLogps) -> Tensor:
         chosen, rejected = self.margin_rewards(pairs)
@@ -105,6 +124,7 @@ class DPO(MarginObjective):
         label_smoothing: ε in [0, 0.5).
         length_normalized: use averages per token, ℓ̄ and r̄.
         balance: adaptive balance, None for a_w = a_l = 1.
+        divergence: which reward stands for ℓ − r, None for the reverse KL divergence's, itself.
     """
 
     beta: float = number(0.1, above=0)
@@ -115,7 +135,7 @@ class DPO(MarginObjective):
         return {"scale": self.beta, "label_smoothing": self.label_smoothing}
 
     def __call__(self, pairs: PairLogps) -> Tensor:
-        margin = self.beta * self.reward_margin(pairs)
+        margin = self.beta_of(pairs) * self.reward_margin(pairs)
         if self.label_smoothing == 0:
             return -logsigmoid(margin)
         noise = self.label_smoothing
@@ -148,7 +168,7 @@ class Hinge(MarginObjective):
         return {"link": "hinge", "scale": self.beta}
 
     def __call__(self, pairs: PairLogps) -> Tensor:
-        return torch.relu(1 - self.beta * self.reward_margin(pairs))
+        return torch.relu(1 - self.beta_of(pairs) * self.reward_margin(pairs))
 
 
 @dataclass(frozen=True)
@@ -165,10 +185,10 @@ class IPO(MarginObjective):
     length_normalized: ClassVar[bool] = True
 
     def _ingredients(self) -> dict[str, Any]:
-        return {"link": "square", "shift": -1 / (2 * self.beta)}
+        return {"link": "square", "shift": -1 / (2 * self.beta), "beta_shifts": True}
 
     def __call__(self, pairs: PairLogps) -> Tensor:
-        return (self.reward_margin(pairs) - 1 / (2 * self.beta)) ** 2
+        return (self.reward_margin(pairs) - 1 / (2 * self.beta_of(pairs))) ** 2
 
 
 @dataclass(frozen=True)
@@ -193,7 +213,7 @@ class SimPO(MarginObjective):
         return {"scale": self.beta, "shift": -self.gamma}
 
     def __call__(self, pairs: PairLogps) -> Tensor:
-        return -logsigmoid(self.beta * self.reward_margin(pairs) - self.gamma)
+        return -logsigmoid(self.beta_of(pairs) * self.reward_margin(pairs) - self.gamma)
 
 
 @dataclass(frozen=True)
@@ -216,7 +236,7 @@ class RDPO(MarginObjective):
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         lengths = self.alpha * (pairs.chosen_lengths - pairs.rejected_lengths)
-        return -logsigmoid(self.beta * self.reward_margin(pairs) + lengths)
+        return -logsigmoid(self.beta_of(pairs) * self.reward_margin(pairs) + lengths)
 
 
 @dataclass(frozen=True)
@@ -242,7 +262,7 @@ class CPO(MarginObjective):
         return {"scale": self.beta, "nll_weight": self.nll_weight}
 
     def __call__(self, pairs: PairLogps) -> Tensor:
-        preference = -logsigmoid(self.beta * self.reward_margin(pairs))
+        preference = -logsigmoid(self.beta_of(pairs) * self.reward_margin(pairs))
         return preference - self.nll_weight * pairs.chosen_mean_logps
 
 
@@ -269,6 +289,7 @@ class ORPO(MarginObjective):
     odds_weight: float = number(0.1, at_least=0)
 
     uses_reference: ClassVar[bool] = False
+    takes_betas: ClassVar[bool] = False
     length_normalized: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -120,7 +120,7 @@ class UniDPO(MarginObjective):
 
     def performance_weight(self, pairs: PairLogps) -> Tensor:
         chosen, rejected = pairs.logps(self.length_normalized)
-        u = self.beta * (chosen - rejected) - self.tau_ref
+        u = self.beta_of(pairs) * (chosen - rejected) - self.tau_ref
         # (1 − σ(u))^γ through the logarithm keeps its derivative finite where σ(u) rounds to 1.
         return torch.exp(self.gamma * logsigmoid(-u))
 
@@ -146,7 +146,7 @@ class UniDPO(MarginObjective):
         performance = self.performance_weight(pairs)
         if self.detach_performance_weight:
             performance = performance.detach()
-        preference = logsigmoid(self.beta * self.reward_margin(pairs))
+        preference = logsigmoid(self.beta_of(pairs) * self.reward_margin(pairs))
         chosen, _ = pairs.logps(self.length_normalized)
         weight = self.quality_weight(pairs) * performance
         return -weight * preference - self.nll_coefficient(pairs) * chosen

@@ -243,6 +243,9 @@ def weigh_pairs(
     ref_logps: Tensor | None = None,  # (2, B): chosen and rejected
     scores: Tensor | None = None,  # (2, B)
     token_weights: Tensor | None = None,  # (n,)
+    pair_weights: Tensor | None = None,  # (B,) of the losses
+    betas: Tensor | None = None,  # (B,) in place of the formula's β
+    lengths: Tensor | None = None,  # (2, B) what averages divide by, None for numbers of tokens
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weighs the pairs `first:last` by `formula`.
 
@@ -258,6 +261,9 @@ def weigh_pairs(
             ref_logps,
             scores,
             token_weights,
+            pair_weights,
+            betas,
+            lengths,
             list(pairs.numbers_of(formula)),
             [int(flag) for flag in pairs.flags_of(formula).values()],
             first,
@@ -274,20 +280,22 @@ def weigh_pairs_op(
     ref_logps: Tensor | None,
     scores: Tensor | None,
     token_weights: Tensor | None,
+    pair_weights: Tensor | None,
+    betas: Tensor | None,
+    lengths: Tensor | None,
     numbers: list[float],
     flags: list[int],
     first: int,
     last: int,
     divisor: int,
 ) -> list[Tensor]:
-    found = pairs.weigh_pairs(
-        logps, offsets, ref_logps, scores, token_weights, numbers, flags, first, last, divisor
-    )
-    return list(found)
+    given = ref_logps, scores, token_weights, pair_weights, betas, lengths
+    return list(pairs.weigh_pairs(logps, offsets, *given, numbers, flags, first, last, divisor))
 
 
 @weigh_pairs_op.register_fake
-def _(logps, offsets, ref_logps, scores, token_weights, numbers, flags, first, last, divisor):
+def _(logps, offsets, *given):
+    first, last, _ = given[-3:]
     sizes = (2 * (last - first), last - first, logps.shape, (len(pairs.METRICS), last - first))
     return [logps.new_empty(size) for size in sizes]
 

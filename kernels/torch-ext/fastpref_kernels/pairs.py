@@ -8,6 +8,8 @@ as compile-time flags:
     ρ_y = x_y, or x_y − log(1 − e^x_y) as log-odds     x_y = (ℓ_y − r_y) or ℓ_y, over n_y or not
     m   = scale (a_w ρ_w − a_l ρ_l) + shift + length_weight (n_w − n_l)
     L   = weight · q · w · f(m) − c ℓ_w                 f: −log σ with label noise, hinge, square
+                                                        times the pair's own weight, if it has one;
+                                                        its own β replaces scale, or −1/(2β) shift
     q   = σ(η (s_w − s_l))                              quality of the pair
     w   = (1 − σ(u))^γ, u = scale (ℓ_w − ℓ_l) − τ       how little of it has been learned
     c   = λ, or λ where r_w > ℓ_w and s_w ≥ s_least     NLL of the chosen response
@@ -64,6 +66,7 @@ class Formula(Protocol):
     focus_detached: bool
     balance: Any  # None, or what has the fields of `fastpref.objectives.Balance`
     reward_scale: float
+    beta_shifts: bool  # a pair's own β replaces shift by −1/(2β), and not scale by β
 
 
 @triton.jit
@@ -133,6 +136,9 @@ def pair_weighting_kernel(
     offsets_ptr,  # (2·total_pairs + 1,) where each response starts among all tokens
     ref_logps_ptr,  # (2, total_pairs)
     scores_ptr,  # (2, total_pairs)
+    pair_weights_ptr,  # (total_pairs,)
+    betas_ptr,  # (total_pairs,)
+    lengths_ptr,  # (2, total_pairs)
     numbers_ptr,  # (15,) float64
     sums_ptr,  # (2·pairs,) out
     losses_ptr,  # (pairs,) out
@@ -156,9 +162,13 @@ def pair_weighting_kernel(
     HAS_BALANCE: tl.constexpr,
     BALANCE_OF_REWARD: tl.constexpr,
     BALANCE_PER_TOKEN: tl.constexpr,
+    BETA_SHIFTS: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     HAS_SCORES: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
+    HAS_PAIR_WEIGHTS: tl.constexpr,
+    HAS_BETAS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pair = tl.program_id(0)
@@ -171,7 +181,10 @@ def pair_weighting_kernel(
     l_l = _sequence_sum(logps_ptr, weights_ptr, middle, stop, HAS_WEIGHTS, BLOCK)
     tokens_w, tokens_l = (middle - start).to(tl.float64), (stop - middle).to(tl.float64)
     counts = (tokens_w > 0) & (tokens_l > 0)  # else the objective never sees the pair
-    over_w, over_l = 1.0 / tl.maximum(tokens_w, 1.0), 1.0 / tl.maximum(tokens_l, 1.0)
+    if HAS_LENGTHS:
+        tokens_w = tl.load(lengths_ptr + first + pair).to(tl.float64)
+        tokens_l = tl.load(lengths_ptr + total_pairs + first + pair).to(tl.float64)
+    over_w, over_l = 1.0 / tl.where(counts, tokens_w, 1.0), 1.0 / tl.where(counts, tokens_l, 1.0)
     ref_w, ref_l, s_w, s_l = l_w * 0.0, l_w * 0.0, l_w * 0.0, l_w * 0.0
     if HAS_REFERENCE:
         ref_w = tl.load(ref_logps_ptr + first + pair).to(logps_ptr.dtype.element_ty)
@@ -213,8 +226,15 @@ def pair_weighting_kernel(
         clipped = (clipped_w | clipped_l).to(tl.float64)
 
     # The link and its derivative in m.
-    scale = tl.load(numbers_ptr)
-    m = scale * (a_w * rho_w - a_l * rho_l) + tl.load(numbers_ptr + 1)
+    scale, shift = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
+    reward_scale = tl.load(numbers_ptr + 14)
+    if HAS_BETAS:
+        reward_scale = tl.load(betas_ptr + first + pair).to(tl.float64)
+        if BETA_SHIFTS:
+            shift = -0.5 / reward_scale
+        else:
+            scale = reward_scale
+    m = scale * (a_w * rho_w - a_l * rho_l) + shift
     m += tl.load(numbers_ptr + 2) * (tokens_w - tokens_l)
     if LINK == 0:
         f, df = _softplus(-m), -_sigmoid(-m)
@@ -254,6 +274,9 @@ def pair_weighting_kernel(
             per_nll = over_w
         loss -= nll * l_w * per_nll
         coef_w -= nll * per_nll
+    if HAS_PAIR_WEIGHTS:
+        pair_weight = tl.load(pair_weights_ptr + first + pair).to(tl.float64)
+        loss, coef_w, coef_l = loss * pair_weight, coef_w * pair_weight, coef_l * pair_weight
 
     tl.store(sums_ptr + 2 * pair, l_w)
     tl.store(sums_ptr + 2 * pair + 1, l_l)
@@ -262,7 +285,6 @@ def pair_weighting_kernel(
     _spread(coef_ptr, weights_ptr, coef_w / divisor, start, middle, HAS_WEIGHTS, BLOCK)
     _spread(coef_ptr, weights_ptr, coef_l / divisor, middle, stop, HAS_WEIGHTS, BLOCK)
 
-    reward_scale = tl.load(numbers_ptr + 14)
     reward_w, reward_l = reward_scale * policy_w, reward_scale * policy_l
     if USES_REFERENCE:
         reward_w, reward_l = reward_scale * ratio_w, reward_scale * ratio_l
@@ -291,6 +313,9 @@ def weigh_pairs(
     ref_logps: Tensor | None,  # (2, B)
     scores: Tensor | None,  # (2, B)
     token_weights: Tensor | None,  # (n,)
+    pair_weights: Tensor | None,  # (B,)
+    betas: Tensor | None,  # (B,)
+    lengths: Tensor | None,  # (2, B)
     numbers: list[float],  # of `numbers_of`
     flags: list[int],  # of `flags_of`
     first: int,
@@ -299,6 +324,7 @@ def weigh_pairs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums `(2·pairs,)`, losses `(pairs,)`, coefficients `(n,)`, metrics `(12, pairs)`."""
     pairs = last - first
+    of_pairs = ref_logps, scores, pair_weights, betas, lengths  # those absent are not read
     sums, losses = logps.new_empty(2 * pairs), logps.new_empty(pairs)
     coef, metrics = torch.empty_like(logps), logps.new_empty(len(METRICS), pairs)
     if pairs:
@@ -306,8 +332,7 @@ def weigh_pairs(
             logps,
             logps if token_weights is None else token_weights,
             offsets,
-            logps if ref_logps is None else ref_logps,
-            logps if scores is None else scores,
+            *(logps if x is None else x for x in of_pairs),
             _numbers(tuple(numbers), logps.device),
             sums,
             losses,
@@ -321,6 +346,9 @@ def weigh_pairs(
             HAS_REFERENCE=ref_logps is not None,
             HAS_SCORES=scores is not None,
             HAS_WEIGHTS=token_weights is not None,
+            HAS_PAIR_WEIGHTS=pair_weights is not None,
+            HAS_BETAS=betas is not None,
+            HAS_LENGTHS=lengths is not None,
             BLOCK=BLOCK_TOKENS,
             num_warps=4,
         )
@@ -374,6 +402,7 @@ def flags_of(formula: Formula) -> dict[str, Any]:
         "HAS_BALANCE": balance is not None,
         "BALANCE_OF_REWARD": balance is not None and balance.source == "implicit_reward",
         "BALANCE_PER_TOKEN": balance is not None and balance.per_token,
+        "BETA_SHIFTS": formula.beta_shifts,
     }
 
 

@@ -1,0 +1,199 @@
+"""The public functions by schedules over a backend: compact, plan, run.
+
+Arguments are those of `fastpref.loss`, checked there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastpref.backends import Backend, Head, RowStats, accumulate_dtype, compute_dtype
+from fastpref.objectives import Objective, mean_or_zero, own_parameters, step_metrics
+from fastpref.output import PreferenceOutput
+from fastpref.planner import Problem, make_plan
+from fastpref.schedules import PairGroups, PairLosses, Prompts, TokenLogps
+from fastpref.sequences import IGNORED, Rows, on_device
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A backend, and what the caller asked of the planner."""
+
+    backend: Backend
+    schedule: str
+    logits_budget: int | None
+
+    def preference_loss(
+        self,
+        hidden: Tensor,  # (K·B, T, H), or (total, H)
+        weight: Tensor,  # (V, H)
+        targets: Tensor,  # hidden's leading shape
+        objective: Objective,
+        *,
+        ref_logps: Tensor | None,
+        scores: Tensor | None,
+        pair_weights: Tensor | None,
+        betas: Tensor | None,
+        extras: Mapping[str, Tensor] | None,
+        responses: int,
+        cu_seqlens: Tensor | None,
+        token_weights: Tensor | None,
+        weighted_lengths: bool,
+        reduction: str,
+        stats: tuple[str, ...],
+        **scalars: Tensor | float | None,
+    ) -> PreferenceOutput:
+        head = _head(hidden, weight, scalars)
+        rows = Rows.of(targets, cu_seqlens, token_weights, hidden.device, responses)
+        flat = hidden.flatten(0, -2)
+        plan = make_plan(
+            _problem(flat, head, rows.counts, responses),
+            schedule=self.schedule,
+            budget=self.logits_budget,
+            pairs=True,
+            couples_pairs=objective.couples_pairs,
+            learns=bool(own_parameters(objective)),
+            reduces=reduction != "none",
+        )
+        prompts = Prompts(
+            rows,
+            ref_logps=ref_logps,
+            scores=scores,
+            weights=pair_weights,
+            betas=betas,
+            extras=extras,
+            weighted_lengths=weighted_lengths,
+        )
+        of_rows = (*stats, *("log_sum_sq_probs",) * objective.needs_alignments)
+        divisor = len(rows.counts) // responses if reduction == "mean" else 1
+        if plan.schedule == "pair_groups":
+            loss, losses, logps, per_prompt, alignments, *extra = PairGroups.apply(
+                flat, weight, head.bias, rows, prompts, objective, divisor, head, plan,
+                self.backend, of_rows,
+            )  # fmt: skip
+        else:
+            per_row, *extra = TokenLogps.apply(
+                flat, weight, head.bias, rows.targets, rows.index, head, plan, self.backend, of_rows
+            )
+            alignments = None
+            if prompts.fusible(objective, self.backend):
+                losses, logps, per_prompt = PairLosses.apply(
+                    per_row, prompts, objective, self.backend
+                )
+            else:
+                logps, per_prompt = rows.in_batch_order(rows.sums(per_row)), None
+                if objective.needs_alignments:
+                    of_tokens = RowStats(per_row, per_row, dict(zip(of_rows, extra, strict=True)))
+                    count = len(rows.counts) // responses
+                    alignments = rows.in_batch_order(prompts.alignments(of_tokens, 0, count))
+                losses = prompts.losses(
+                    objective, logps.view(responses, -1), _by_response(alignments, responses)
+                )
+            loss = losses if reduction == "none" else losses.sum() / divisor
+        logps = logps.detach()
+        if per_prompt is not None:
+            metrics = prompts.mean_metrics(per_prompt)
+        else:
+            alignments = _by_response(alignments, responses)
+            seen, _ = prompts.lists(logps.view(responses, -1), alignments)
+            metrics = step_metrics(objective, seen)
+        metrics |= _token_metrics(rows, dict(zip(stats, extra, strict=False)))
+        return PreferenceOutput(loss, losses.detach(), logps, rows.lengths, metrics, plan)
+
+    def sequence_logps(
+        self,
+        hidden: Tensor,  # (S, T, H), or (total, H)
+        weight: Tensor,  # (V, H)
+        targets: Tensor,  # hidden's leading shape
+        *,
+        cu_seqlens: Tensor | None,
+        token_weights: Tensor | None,
+        **scalars: Tensor | float | None,
+    ) -> tuple[Tensor, Tensor]:
+        rows = Rows.of(targets, cu_seqlens, token_weights, hidden.device)
+        flat, head = hidden.flatten(0, -2), _head(hidden, weight, scalars)
+        per_row = self._token_logps(flat, head, rows.targets, rows.index, ())[0]
+        return rows.sums(per_row), rows.lengths
+
+    def token_statistics(
+        self,
+        hidden: Tensor,  # (N, H)
+        weight: Tensor,  # (V, H)
+        targets: Tensor,  # (N,)
+        *,
+        stats: tuple[str, ...],
+        **scalars: Tensor | float | None,
+    ) -> dict[str, Tensor]:
+        index = (targets != IGNORED).nonzero().flatten()
+        if len(index) == len(targets):
+            index = None
+        else:
+            targets, index = targets[index], on_device(index, hidden.device)
+        wanted = on_device(targets, hidden.device)
+        found = self._token_logps(hidden, _head(hidden, weight, scalars), wanted, index, stats)
+        if index is not None:
+            found = [x.new_zeros(len(hidden)).index_copy(0, index, x) for x in found]
+        return dict(zip(("logps", *stats), found, strict=True))
+
+    def _token_logps(
+        self,
+        hidden: Tensor,  # (N, H)
+        head: Head,
+        targets: Tensor,  # (n,)
+        index: Tensor | None,  # (n,)
+        stats: tuple[str, ...],
+    ) -> list[Tensor]:
+        problem = _problem(hidden, head, [len(targets)], 1)
+        plan = make_plan(problem, schedule=self.schedule, budget=self.logits_budget)
+        given = hidden, head.weight, head.bias, targets, index
+        return [*TokenLogps.apply(*given, head, plan, self.backend, stats)]
+
+
+def _head(hidden: Tensor, weight: Tensor, scalars: Mapping[str, Tensor | float | None]) -> Head:
+    return Head(weight, **scalars, compute_dtype=compute_dtype(hidden, weight))
+
+
+def _problem(flat: Tensor, head: Head, counts: list[int], responses: int) -> Problem:
+    grad = torch.is_grad_enabled()
+    head_tensors = [x for x in (head.weight, head.bias) if x is not None]
+    return Problem(
+        counts=tuple(counts),
+        hidden_size=flat.shape[1],
+        vocabulary=len(head.weight),
+        dtype=flat.dtype,
+        accumulate_dtype=accumulate_dtype(head.compute_dtype),
+        device=flat.device.type,
+        total_rows=len(flat),
+        hidden_grad=grad and flat.requires_grad,
+        head_grad=grad and any(x.requires_grad for x in head_tensors),
+        head_dtype=head.weight.dtype,
+        responses=responses,
+    )
+
+
+def _by_response(per_sequence: Tensor | None, responses: int) -> Tensor | None:
+    return None if per_sequence is None else per_sequence.view(responses, -1)
+
+
+def _token_metrics(rows: Rows, stats: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Means over scored tokens: of all, of the first response's and of the last one's."""
+    if not stats:
+        return {}
+    k = rows.responses
+    response = rows.repeat(torch.arange(len(rows.counts), device=rows.index.device) % k)
+    is_chosen, is_rejected = response == 0, response == k - 1
+    tokens = max(1, sum(rows.counts[::k])), max(1, sum(rows.counts[k - 1 :: k]))
+    metrics = {}
+    if "entropy" in stats:
+        metrics["entropy"] = mean_or_zero(stats["entropy"])
+    if "is_top1" in stats:
+        metrics["mean_token_accuracy"] = (stats["is_top1"] & is_chosen).sum() / tokens[0]
+    if "mean_logits" in stats:
+        values = stats["mean_logits"]
+        metrics["logits/chosen"] = torch.where(is_chosen, values, 0).sum() / tokens[0]
+        metrics["logits/rejected"] = torch.where(is_rejected, values, 0).sum() / tokens[1]
+    return metrics

@@ -1,0 +1,81 @@
+"""Log-probabilities of rows, under the schedules that take any upstream gradient.
+
+What follows them, sums and objective, is ordinary autograd, whose gradient per row comes back as
+one coefficient. The backward either multiplies rows of gradient kept from the forward
+(`frozen_head`) or computes the logits once more (`recompute`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.backends import Backend, Head
+from fastpref.planner import Plan
+from fastpref.schedules.autograd import first_order, keeps_graph, no_autocast
+from fastpref.schedules.frozen_head import KeptRows
+from fastpref.schedules.recompute import recomputed_gradients
+
+
+class TokenLogps(torch.autograd.Function):
+    """`(logps, *stats)`, each `(n,)`, of the rows `index` of hidden; entropy is differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (M, H)
+        weight: Tensor,  # (V, H)
+        bias: Tensor | None,  # (V,)
+        targets: Tensor,  # (n,)
+        index: Tensor | None,  # (n,) rows of hidden, None for all
+        head: Head,  # scalars; its tensors are replaced by the arguments
+        plan: Plan,
+        backend: Backend,
+        stats: tuple[str, ...],
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        with no_autocast(hidden):
+            kept = None
+            if plan.schedule == "frozen_head":
+                kept = KeptRows(hidden, index, len(targets), head)
+                found = kept.fill(hidden, targets, head, plan, backend, stats)
+            else:
+                found = backend.forward(hidden, index, targets, head, plan.tile, stats)
+        entropy = found.extra.get("entropy")
+        ctx.save_for_backward(hidden, weight, bias, targets, index, found.lse, entropy)
+        ctx.kept = kept
+        ctx.settings = (head.logit_scale, head.softcap, head.temperature, head.compute_dtype)
+        ctx.plan, ctx.backend, ctx.stats = plan, backend, stats
+        ctx.mark_non_differentiable(*(found.extra[name] for name in stats if name != "entropy"))
+        return found.logps, *(found.extra[name] for name in stats)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, coef: Tensor | None, *of_stats: Tensor | None) -> tuple:
+        hidden, weight, bias, targets, index, lse, entropy = ctx.saved_tensors
+        of_entropy = dict(zip(ctx.stats, of_stats, strict=True)).get("entropy")
+        wants = tuple(ctx.needs_input_grad[:3])
+        if coef is None:
+            coef = torch.zeros_like(lse)
+        keeps = keeps_graph()
+        kept = ctx.kept
+        if not keeps:  # autograd lets go of saved tensors only
+            ctx.kept = None
+        if kept is not None and of_entropy is None:
+            return kept.times(coef, keeps), *[None] * 8
+        with no_autocast(hidden):
+            found = recomputed_gradients(
+                hidden,
+                index,
+                targets,
+                Head(weight, bias, *ctx.settings),
+                lse,
+                coef,
+                None if of_entropy is None else (entropy, of_entropy),
+                ctx.plan.tile,
+                wants,
+                ctx.backend,
+            )
+        return found.hidden, found.weight, found.bias, *[None] * 6
