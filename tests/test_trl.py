@@ -19,9 +19,9 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
-import fastpref.trl as fastpref_trl
 from fastpref import Balance, Objective, UniDPO, sequence_logps, shift_targets
 from fastpref.trl import PreferenceConfig, PreferenceTrainer, head_scalars, use_fastpref_logps
+from fastpref.trl.logps import _FastprefLogps
 
 OURS, STOCK = (PreferenceTrainer, PreferenceConfig), (DPOTrainer, DPOConfig)
 DEFAULTS = {
@@ -294,7 +294,8 @@ def test_configuration_names_the_objective(tmp_path):
         ({"loss_type": ["ipo"]}, "loss_type=.*takes objective"),
         ({"f_divergence_type": "js_divergence"}, "f_divergence_type"),
         ({"use_weighting": True}, "use_weighting"),
-        ({"objective": "ipo", "label_smoothing": 0.1}, "ipo has no label_smoothing"),
+        ({"objective": "orpo", "beta": 0.1}, "orpo has no beta"),
+        ({"beta": 0.2, "objective_args": {"beta": 0.3}}, "beta=0.2 contradicts"),
         ({"schedule": "fast"}, "unknown schedule"),
         ({"backend": "cuda"}, "unknown backend"),
     ],
@@ -379,7 +380,7 @@ def test_entropy_keeps_its_gradient():
     targets = torch.randint(0, 101, (7,))
     arguments = (hidden, weight, None, targets, 1.3, 32, 5.0, 0.8)
     grads = []
-    for apply in (trl_utils._ChunkedLogProbFunction.apply, fastpref_trl._FastprefLogps.apply):
+    for apply in (trl_utils._ChunkedLogProbFunction.apply, _FastprefLogps.apply):
         logps, entropy, squares, mean, top1 = apply(*arguments)
         (logps.sum() + (entropy**2).sum()).backward()
         grads.append((hidden.grad, weight.grad, squares, mean, top1))
