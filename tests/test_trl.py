@@ -5,98 +5,22 @@ import json
 import pytest
 import torch
 import trl
-from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
     MixtralConfig,
     MixtralForCausalLM,
 )
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
+from trl_runs import CPU, OURS, STOCK, TINY, compare_runs, make_trainer, save_model, trained
 
 from fastpref import Balance, Objective, UniDPO, sequence_logps, shift_targets
 from fastpref.trl import PreferenceConfig, PreferenceTrainer, head_scalars, use_fastpref_logps
 from fastpref.trl.logps import _FastprefLogps
-
-OURS, STOCK = (PreferenceTrainer, PreferenceConfig), (DPOTrainer, DPOConfig)
-DEFAULTS = {
-    "max_steps": 2,
-    "per_device_train_batch_size": 2,
-    "logging_steps": 1,
-    "seed": 3,
-    "learning_rate": 1e-2,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "save_strategy": "no",
-    "report_to": [],
-    "disable_tqdm": True,
-}
-TINY = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
-CPU = {"use_cpu": True, "report_to": []}
-
-
-def make_trainer(
-    kind, directory, pairs, tmp_path, *, own_objective=None, eval_pairs=None, **options
-):
-    """A trainer of `kind`, (trainer, configuration); options are the configuration's."""
-    trainer_class, config_class = kind
-    more = {"peft_config": options.pop("peft_config", None)}
-    if own_objective is not None:
-        more["objective"] = own_objective
-    return trainer_class(
-        str(directory),
-        args=config_class(str(tmp_path / "out"), **(DEFAULTS | CPU | options)),
-        train_dataset=Dataset.from_list(pairs),
-        eval_dataset=None if eval_pairs is None else Dataset.from_list(eval_pairs),
-        processing_class=AutoTokenizer.from_pretrained(directory),
-        **more,
-    )
-
-
-def trained(trainer):
-    """Logs and trained weights of a run."""
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    state = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-    return logs, state
-
-
-def compare_runs(ours, theirs, *, relative, but=()):
-    """Every metric that TRL logs and every trained weight agree to a relative difference."""
-    (our_logs, our_state), (their_logs, their_state) = ours, theirs
-    assert len(our_logs) == len(their_logs) == 2
-    # In the first step the policy is its reference: which reward is larger is rounding.
-    our_logs[0].pop("rewards/accuracies", None), their_logs[0].pop("rewards/accuracies", None)
-    for our, their in zip(our_logs, their_logs, strict=True):
-        for name in their.keys() - set(but):
-            value = their[name]
-            assert our[name] == pytest.approx(value, rel=relative, abs=relative), name
-    assert our_state.keys() == their_state.keys()
-    for name, parameter in their_state.items():
-        size = parameter.abs().max()
-        assert (our_state[name] - parameter).abs().max() <= relative * size, name
-
-
-def save_model(model, tokenizer_of, directory):
-    model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(directory)
-    return directory
-
 
 # --- beside plain TRL ---------------------------------------------------------------------------
 
