@@ -1,5 +1,7 @@
 """`PreferenceTrainer` and `use_fastpref_logps` beside plain TRL."""
 
+import copy
+import dataclasses
 import json
 
 import pytest
@@ -32,6 +34,7 @@ from fastpref.trl.logps import _FastprefLogps
         ("dpo", {"precompute_ref_log_probs": True}),
         ("dpo", {"gradient_accumulation_steps": 2}),
         ("dpo", {"ld_alpha": 0.3}),
+        ("dpo", {"label_smoothing": 0.1}),
         ("dpo", {"gradient_checkpointing": True}),
         ("dpo", {"beta": 0.4, "optim": "sgd"}),
         ("dpo", {"peft_config": LoraConfig(r=4, target_modules="all-linear")}),
@@ -208,6 +211,35 @@ def test_configuration_names_the_objective(tmp_path):
     again = PreferenceConfig(**{"output_dir": str(tmp_path), "objective": "orpo", **CPU})
     assert again.beta == 0.1  # what the logged rewards are scaled by
     json.dumps(config.to_dict())
+
+
+def test_another_objective_has_its_own_beta(tmp_path):
+    simpo = PreferenceConfig(str(tmp_path), objective="simpo", **CPU)
+    assert simpo.beta == 2.0
+    dpo = dataclasses.replace(simpo, objective="dpo")
+    assert dpo.beta == dpo.make_objective().beta == 0.1
+    given = PreferenceConfig(str(tmp_path), objective="simpo", beta=2.0, **CPU)
+    assert dataclasses.replace(given, objective="dpo").make_objective().beta == 2.0
+    with pytest.raises(ValueError, match=r"beta=2\.0 was given, but orpo has no beta"):
+        dataclasses.replace(given, objective="orpo")
+    by_name = PreferenceConfig(str(tmp_path), objective_args={"beta": 0.3}, **CPU)
+    assert by_name.beta == 0.3
+    changed = copy.deepcopy(by_name)
+    changed.objective_args = None
+    assert changed.make_objective().beta == 0.1
+    assert json.loads(by_name.to_json_string())["beta"] == 0.3
+
+
+def test_label_smoothing_is_that_of_dpo_config(tmp_path, recwarn):
+    """TRL's sigmoid loss has none; conservative DPO's goes by objective_args."""
+    for objective in ("dpo", "ipo"):
+        config = PreferenceConfig(
+            str(tmp_path), objective=objective, label_smoothing=0.1, **CPU, bf16=False
+        )
+        assert getattr(config.make_objective(), "label_smoothing", 0) == 0
+    config = PreferenceConfig(str(tmp_path), objective_args={"label_smoothing": 0.1}, **CPU)
+    assert config.make_objective().label_smoothing == 0.1
+    assert not [each for each in recwarn if "smoothing" in str(each.message)]
 
 
 @pytest.mark.parametrize(
