@@ -10,6 +10,8 @@ os.environ["TQDM_DISABLE"] = "1"
 import pytest
 import torch
 
+pytest.register_assert_rewrite("trl_runs")
+
 torch.set_num_threads(2)
 
 WORDS = "the a sun moon sea ship sails over under big small red blue cold warm and is was why how"

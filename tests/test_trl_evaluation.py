@@ -64,6 +64,20 @@ def test_uneven_batches_count_every_pair_once(batch_size, tiny_llama, pairs, tmp
     assert_same_metrics(evaluated(tiny_llama, pairs[:5], tmp_path, batch_size), whole)
 
 
+def test_an_evaluation_starts_anew(tiny_llama, pairs, tmp_path):
+    trainer = make_trainer(
+        OURS,
+        tiny_llama,
+        pairs,
+        tmp_path,
+        objective="unidpo",
+        eval_pairs={"a": pairs[:3], "b": pairs[3:]},
+    )
+    alone = trainer.evaluate(trainer.eval_dataset["b"])
+    trainer.predict(trainer.eval_dataset["a"])
+    assert_same_metrics(trainer.evaluate(trainer.eval_dataset["b"]), alone)
+
+
 def test_two_processes_count_every_pair_once(tiny_llama, pairs, tmp_path):
     """Of 5 pairs, 2 a batch, both processes repeat some at the end; of 7 one does, of 8 none."""
     sets = pairs[:5], pairs[:7], pairs

@@ -49,7 +49,7 @@ def make_trainer(
     `directory` holds the tokenizer and, where no `model` is given, the model.
     """
     trainer_class, config_class = kind
-    more = {name: options.pop(name, None) for name in ("peft_config", "ref_model")}
+    more = {n: options.pop(n) for n in ("peft_config", "ref_model") if n in options}
     if own_objective is not None:
         more["objective"] = own_objective
     return trainer_class(

@@ -37,7 +37,7 @@ class PreferenceConfig(DPOConfig):
 
     Raises:
         ValueError: an unknown name, a changed field of TRL's losses, a `beta` that the objective
-            does not have, or that contradicts the one in `objective_args`.
+            does not have, or that contradicts `objective_args`.
     """
 
     _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "objective_args"]
@@ -83,9 +83,15 @@ class PreferenceConfig(DPOConfig):
         """The objective that the configuration names."""
         fields = dict(self.objective_args or {})
         beta = self._given_beta()
-        if beta is not None:
-            if "beta" not in hyperparameters(self.objective):
-                raise ValueError(f"beta={beta} was given, but {self.objective} has no beta")
-            if fields.setdefault("beta", beta) != beta:
-                raise ValueError(f"beta={beta} contradicts objective_args, {self.objective_args}")
-        return make_objective(self.objective, **fields)
+        if beta is not None and "beta" in hyperparameters(self.objective):
+            fields.setdefault("beta", beta)
+        objective = make_objective(self.objective, **fields)
+        if beta is not None and beta != objective.reward_scale:
+            raise ValueError(
+                f"beta={beta} was given, but {objective} scales its rewards by "
+                f"{objective.reward_scale}; leave beta out or change objective_args"
+            )
+        return objective
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"beta": float(self.beta)}

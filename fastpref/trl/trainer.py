@@ -224,6 +224,10 @@ class PreferenceTrainer(DPOTrainer):
                 outputs = model(**model_inputs, use_cache=False)
         return (loss, outputs) if return_outputs else loss
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._metrics["eval"].clear()  # predictions leave theirs behind, as nothing logs them
+        return super().evaluation_loop(*args, **kwargs)
+
     def _first_time(self, pairs: int) -> int:
         """How many of this process's pairs are evaluated for the first time: its first ones.
 
