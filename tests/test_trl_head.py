@@ -124,7 +124,7 @@ def test_log_probabilities_are_the_models_own(family):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "falcon_h1", "mamba", "cohere2_vision"])
 def test_rounding_in_bf16_is_no_difference(family, caplog):
     add_loss_head(FAMILIES[family]().bfloat16())
-    assert not caplog.records
+    assert "fastpref" not in {record.name.split(".")[0] for record in caplog.records}
 
 
 @pytest.mark.parametrize(
