@@ -1,7 +1,7 @@
 """fastpref: preference-tuning losses that never hold the logits."""
 
 from fastpref import reference
-from fastpref.loss import PreferenceOutput, linear_logps, preference_loss, sequence_logps
+from fastpref.loss import linear_logps, preference_loss, sequence_logps
 from fastpref.objectives import (
     CPO,
     DPO,
@@ -16,6 +16,7 @@ from fastpref.objectives import (
     SimPO,
     UniDPO,
 )
+from fastpref.output import PreferenceOutput
 from fastpref.planner import Plan, Problem, make_plan
 from fastpref.sequences import shift_targets
 

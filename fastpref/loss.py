@@ -6,44 +6,28 @@ Each validates, compacts, asks the planner for a schedule and runs it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from fastpref import reference
-from fastpref.backends import Head, accumulate_dtype, choose_backend
-from fastpref.objectives import Objective, mean_or_zero, pair_metrics
-from fastpref.planner import Plan, Problem, make_plan
+from fastpref.backends import (
+    TOKEN_STATS,
+    Head,
+    accumulate_dtype,
+    choose_backend,
+    compute_dtype,
+)
+from fastpref.objectives import Objective, mean_or_zero, own_parameters, pair_metrics
+from fastpref.output import PreferenceOutput
+from fastpref.planner import Problem, make_plan
 from fastpref.schedules import PairGroups, PairInputs, PairLosses, TokenLogps
 from fastpref.sequences import IGNORED, Rows, on_device
 from fastpref.validation import check_head, check_objective, check_sequences
 
-
-@dataclass(frozen=True)
-class PreferenceOutput:
-    """What `preference_loss` returns.
-
-    Args:
-        loss: scalar, or `(B,)` with `reduction="none"`; the one differentiable field. fp32, as
-            all others (float64 where hidden is).
-        losses: loss of each pair `(B,)`.
-        logps: log-probability of each response `(2B,)`, nats, chosen first.
-        lengths: scored tokens of each response `(2B,)`, int64, chosen first.
-        metrics: scalars by name, means over the pairs in which both responses have a scored token:
-            `rewards/*` (β times nats), `logps/*` (nats), the objective's weights and balance; with
-            `stats` also `entropy` (nats), `logits/chosen`, `logits/rejected`, and
-            `mean_token_accuracy` (of chosen tokens, as TRL has it).
-        plan: the schedule that ran; `print(output.plan)` says why.
-    """
-
-    loss: Tensor
-    losses: Tensor
-    logps: Tensor
-    lengths: Tensor
-    metrics: dict[str, Tensor]
-    plan: Plan | None = None
+# Statistics of tokens that have a mean to report.
+_AVERAGED = ("entropy", "mean_logits", "is_top1")
 
 
 def preference_loss(
@@ -74,15 +58,18 @@ def preference_loss(
 
     Args:
         hidden: final hidden states, before the LM head: `(2B, T, H)`, or packed `(total, H)`.
-            bf16, fp16, fp32 or fp64; in autocast operands are rounded to autocast's dtype.
-        weight: LM head `(V, H)`, hidden's dtype (any float in autocast).
+            bf16, fp16, fp32 or fp64; in autocast operands other than fp64 are rounded to
+            autocast's dtype.
+        weight: LM head `(V, H)`. Of two dtypes products take what torch promotes them to; no copy
+            of the head is made.
         targets: the token that each position predicts, -100 where not scored; `shift_targets`
             makes them from token ids. On hidden's device or on the CPU: the schedule is planned
             from lengths, so targets on an accelerator are read back once, those on the CPU never
             make a step wait. The same holds of cu_seqlens and token_weights.
         objective: `DPO(beta=0.1)`, … or an `Objective` of your own; a name takes its defaults.
+            Its own parameters get their gradients, in schedules that see all pairs at once.
         ref_logps: log-probabilities of the responses under the reference, nats; see
-            `sequence_logps`. Needed by every objective with a reference.
+            `sequence_logps`. Constants. Needed by every objective with a reference.
         scores: quality of the responses, any scale; needed by Uni-DPO.
         cu_seqlens: integer offsets of the packed sequences, from 0 to `total`.
         token_weights: constant weight of each token's log-probability, 1 by default.
@@ -96,16 +83,19 @@ def preference_loss(
 
     A response with no scored token has log-probability 0 and length 0; its pair adds loss 0 and no
     gradient. NaN or infinity in a scored row makes the loss non-finite. With "pair_groups" the
-    gradients are handed over in the first backward, and a second one is an error.
+    gradients are handed over in the first backward, and a second one is an error. Gradients have
+    no derivative of their own: `create_graph=True` is an error.
 
     Raises:
         ValueError, TypeError: an argument that does not fit; the message names it and says what
             was expected. Values (targets in range, finite scores) raise at once on a CPU and by an
-            asynchronous assertion on an accelerator.
+            asynchronous assertion on an accelerator. So does an objective that couples pairs
+            and does not say so, where its groups' losses are not those of all pairs together.
     """
     head, stats = _checked_head(
-        hidden, weight, targets, stats, logits_budget, bias, logit_scale, softcap, temperature
-    )
+        hidden, weight, targets, stats, _AVERAGED, logits_budget, bias, logit_scale, softcap,
+        temperature,
+    )  # fmt: skip
     sequences = check_sequences(hidden, targets, cu_seqlens, token_weights, paired=True)
     objective = check_objective(
         objective,
@@ -138,6 +128,7 @@ def preference_loss(
         budget=logits_budget,
         pairs=True,
         couples_pairs=objective.couples_pairs,
+        learns=bool(own_parameters(objective)),
         reduces=reduction != "none",
     )
     inputs = PairInputs(rows, ref_logps, scores)
@@ -189,7 +180,7 @@ def sequence_logps(
         `(S,)`, int64. In batches of pairs, `ref_logps` is the first of the two.
     """
     head, _ = _checked_head(
-        hidden, weight, targets, (), logits_budget, bias, logit_scale, softcap, temperature
+        hidden, weight, targets, (), (), logits_budget, bias, logit_scale, softcap, temperature
     )
     check_sequences(hidden, targets, cu_seqlens, token_weights, paired=False)
     chosen_backend = choose_backend(backend, hidden.device)
@@ -248,8 +239,9 @@ def linear_logps(
         a pair of them and a dictionary of further tensors of that shape.
     """
     head, stats = _checked_head(
-        hidden, weight, targets, stats, logits_budget, bias, logit_scale, softcap, temperature
-    )
+        hidden, weight, targets, stats, TOKEN_STATS, logits_budget, bias, logit_scale, softcap,
+        temperature,
+    )  # fmt: skip
     chosen_backend = choose_backend(backend, hidden.device)
     flat, wanted = hidden.flatten(0, -2), targets.flatten()
     if backend == "reference":
@@ -276,29 +268,26 @@ def _checked_head(
     weight: Tensor,
     targets: Tensor,
     stats: Sequence[str],
+    known_stats: tuple[str, ...],
     logits_budget: int | None,
     bias: Tensor | None,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
 ) -> tuple[Head, tuple[str, ...]]:
-    stats = tuple(stats)
-    device_type = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
-    autocast = torch.amp.is_autocast_available(device_type)
-    autocast = autocast and torch.is_autocast_enabled(device_type)
+    stats = (stats,) if isinstance(stats, str) else tuple(stats)
+    scalars = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
     check_head(
         hidden,
         weight,
         targets,
         bias=bias,
-        softcap=softcap,
-        temperature=temperature,
+        **scalars,
         stats=stats,
+        known_stats=known_stats,
         logits_budget=logits_budget,
-        autocast=autocast,
     )
-    dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
-    return Head(weight, bias, logit_scale, softcap, temperature, dtype), stats
+    return Head(weight, bias, **scalars, compute_dtype=compute_dtype(hidden, weight)), stats
 
 
 def _problem(flat: Tensor, head: Head, counts: list[int]) -> Problem:
@@ -314,6 +303,7 @@ def _problem(flat: Tensor, head: Head, counts: list[int]) -> Problem:
         total_rows=len(flat),
         hidden_grad=grad and flat.requires_grad,
         head_grad=grad and any(x.requires_grad for x in head_tensors),
+        head_dtype=head.weight.dtype,
     )
 
 

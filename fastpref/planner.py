@@ -81,12 +81,13 @@ class Problem:
         counts: scored rows of each sequence; of pairs in the order chosen, rejected.
         hidden_size: H.
         vocabulary: V.
-        dtype: of hidden and weight.
+        dtype: of hidden, and of the head unless `head_dtype` says otherwise.
         accumulate_dtype: of logits and log-probabilities.
         device: type of the device, such as "cpu" or "cuda".
         total_rows: rows of hidden, scored or not.
         hidden_grad: hidden requires a gradient.
         head_grad: weight or bias requires a gradient.
+        head_dtype: of the head, None for hidden's.
     """
 
     counts: tuple[int, ...]
@@ -98,6 +99,7 @@ class Problem:
     total_rows: int
     hidden_grad: bool
     head_grad: bool
+    head_dtype: torch.dtype | None = None
 
     @property
     def rows(self) -> int:
@@ -126,6 +128,7 @@ def make_plan(
     budget: int | None = None,
     pairs: bool = False,
     couples_pairs: bool = False,
+    learns: bool = False,
     reduces: bool = True,
 ) -> Plan:
     """Chooses schedule, groups and tile.
@@ -136,6 +139,7 @@ def make_plan(
         budget: bytes of logits to hold at once; None for 128 MiB on a CPU and 1 GiB elsewhere.
         pairs: the rows are pairs under an objective (False: token log-probabilities).
         couples_pairs: the objective looks across pairs.
+        learns: the objective has parameters of its own.
         reduces: the losses become one number, so that its gradient is known up to a factor.
 
     Raises:
@@ -152,9 +156,8 @@ def make_plan(
             f"{problem.vocabulary} × {problem.element_bytes} = {problem.row_bytes} bytes"
         )
     group_rows = budget // problem.row_bytes
-    chosen, reason = _choose(
-        problem, schedule, group_rows, pairs=pairs, couples_pairs=couples_pairs, reduces=reduces
-    )
+    obstacle = _pair_groups_obstacle(pairs, couples_pairs, learns, reduces)
+    chosen, reason = _choose(problem, schedule, group_rows, obstacle)
     groups: tuple[tuple[int, int], ...] = ()
     held = 0
     tile = _tile(problem, budget, problem.rows)
@@ -182,18 +185,10 @@ def make_plan(
     )
 
 
-def _choose(
-    problem: Problem,
-    schedule: str,
-    group_rows: int,
-    *,
-    pairs: bool,
-    couples_pairs: bool,
-    reduces: bool,
-) -> tuple[str, str]:
+def _choose(problem: Problem, schedule: str, group_rows: int, obstacle: str) -> tuple[str, str]:
+    """The schedule and why; `obstacle` is what stands in the way of pair groups, if anything."""
     if not (problem.hidden_grad or problem.head_grad):
         return "forward", "no gradient is wanted"
-    obstacle = _pair_groups_obstacle(pairs, couples_pairs, reduces)
     if schedule == "frozen_head" and problem.head_grad:
         raise ValueError(
             "schedule='frozen_head' gives no gradient to the head, but weight or bias requires "
@@ -213,11 +208,13 @@ def _choose(
     return "pair_groups", "the head trains and pairs are independent"
 
 
-def _pair_groups_obstacle(pairs: bool, couples_pairs: bool, reduces: bool) -> str:
+def _pair_groups_obstacle(pairs: bool, couples_pairs: bool, learns: bool, reduces: bool) -> str:
     if not pairs:
         return "token log-probabilities take any upstream gradient"
     if couples_pairs:
         return "the objective couples pairs"
+    if learns:
+        return "the objective has parameters of its own"
     if not reduces:
         return "reduction='none' takes any upstream gradient"
     return ""
@@ -268,6 +265,7 @@ def _flop(problem: Problem, schedule: str, group_rows: int) -> int:
 
 def _extra_bytes(problem: Problem, schedule: str, held: int, tile: tuple[int, int]) -> int:
     wide, narrow = problem.element_bytes, problem.dtype.itemsize
+    of_head = (problem.head_dtype or problem.dtype).itemsize
     converts = wide != narrow
     rows = problem.rows * problem.hidden_size  # elements of one (N, H)
     whole = problem.total_rows * problem.hidden_size * problem.hidden_grad
@@ -284,15 +282,15 @@ def _extra_bytes(problem: Problem, schedule: str, held: int, tile: tuple[int, in
         running = tile_bytes + rows * (narrow + wide * converts * (problem.device == "cpu"))
         if problem.head_grad:  # of a slice of the head
             running += tile[1] * problem.hidden_size * wide * converts
-        return max(running, whole * narrow) + rows * wide * problem.hidden_grad + head * narrow
+        return max(running, whole * narrow) + rows * wide * problem.hidden_grad + head * of_head
     if schedule == "frozen_head":  # the gradient of a tile's rows beside that of all
         of_tile = tile[0] * problem.hidden_size * (wide + narrow + wide * converts)
-        rest = {torch.bfloat16: 2, torch.float16: 4}.get(problem.dtype, 0)
+        rest = (2 if problem.dtype == torch.bfloat16 else 4) * converts
         return tile_bytes + of_tile + whole * narrow + rows * rest
     logits = held * problem.row_bytes + workspace_bytes(problem, held, problem.vocabulary)
     of_group = 2 * held * problem.hidden_size * wide
     # Accumulators become the gradients, by way of a second copy where they are converted.
-    converted = max(whole * (wide + narrow), (whole + head) * narrow) * converts
+    converted = max(whole * (wide + narrow), whole * narrow + head * of_head) * converts
     return max(logits + of_group, converted) + (whole + head) * wide
 
 

@@ -8,15 +8,20 @@ computed in float32. The tests take these functions, in float64, as the truth.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastpref.objectives import Balance, Objective, PairLogps, mean_or_zero, pair_metrics
-
-if TYPE_CHECKING:
-    from fastpref.loss import PreferenceOutput
+from fastpref.objectives import (
+    Balance,
+    Objective,
+    PairLogps,
+    evaluate,
+    is_built_in,
+    mean_or_zero,
+    pair_metrics,
+)
+from fastpref.output import PreferenceOutput
 
 IGNORED = -100
 
@@ -34,7 +39,8 @@ def logits(
     temperature: float = 1.0,
 ) -> Tensor:
     """Logits `(N, V)`: `cap·tanh(scale·(W h + b) / cap) / temperature`."""
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = torch.float64 in (hidden.dtype, weight.dtype)
+    dtype = torch.float64 if wide else torch.float32
     z = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         z = z + bias.to(dtype)
@@ -67,7 +73,8 @@ def token_statistics(
     wanted = targets[scored]
     values = {
         "logps": log_probs.gather(-1, wanted[:, None]).squeeze(-1),
-        "entropy": torch.special.entr(log_probs.exp()).sum(-1),
+        # e^−1e4 is 0, and so is its product: a probability of 0 adds 0, to the gradient too.
+        "entropy": -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1),
         "mean_logits": z.mean(-1).detach(),
         "is_top1": z.argmax(-1) == wanted,
         "log_sum_sq_probs": torch.logsumexp(2 * log_probs, -1).detach(),
@@ -121,9 +128,11 @@ def balance_coefficients(
     if log_odds:  # dρ/dp̄ = 1/(p̄(1−p̄))
         b_w, b_l = b_w + _log1m(b_w), b_l + _log1m(b_l)
     delta = b_w - b_l
-    low, high = 1 / balance.clip, balance.clip
-    a_w = (balance.chosen_exponent * delta).exp().clip(low, high)
-    a_l = (-balance.rejected_exponent * delta).exp().clip(low, high)
+    a_w, a_l = 1.0, 1.0
+    if balance.chosen_exponent != 0:
+        a_w = (balance.chosen_exponent * delta).exp().clip(balance.floor, balance.ceiling)
+    if balance.rejected_exponent != 0:
+        a_l = (-balance.rejected_exponent * delta).exp().clip(balance.floor, balance.ceiling)
     return a_w, a_l
 
 
@@ -137,7 +146,7 @@ def _nlls(x: Tensor) -> Tensor:
 
 def _log1m(mean_logps: Tensor) -> Tensor:
     """log(1 − p̄)"""
-    return torch.log1p(-torch.exp(torch.clip(mean_logps, max=-1e-6)))
+    return torch.log(-torch.expm1(torch.clip(mean_logps, max=-1e-6)))
 
 
 def _normalizers(
@@ -224,8 +233,8 @@ def unidpo(
 def pair_losses(objective: Objective, pairs: PairLogps) -> Tensor:
     """Losses `(B,)` of a built-in objective by the formulas above, of a user's by itself."""
     formula = globals().get(type(objective).__name__.lower())
-    if formula is None or type(objective).__module__ != "fastpref.objectives":
-        return objective(pairs)
+    if formula is None or not is_built_in(objective):
+        return evaluate(objective, pairs)
     fields = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}
     return formula(pairs, **fields)
 
@@ -248,15 +257,14 @@ def preference_loss(
     **head,
 ) -> PreferenceOutput:
     """`fastpref.preference_loss` by definition; every field is differentiable."""
-    from fastpref.loss import PreferenceOutput
-
     logps, lengths = sequence_logps(
         hidden, weight, targets, cu_seqlens=cu_seqlens, token_weights=token_weights, **head
     )
     half = len(logps) // 2
     counted = (lengths[:half] > 0) & (lengths[half:] > 0)
     halves = []
-    for per_sequence in (logps, lengths, ref_logps, scores):
+    constants = (None if x is None else x.detach() for x in (ref_logps, scores))
+    for per_sequence in (logps, lengths, *constants):
         if per_sequence is None:
             halves += [None, None]
         else:

@@ -11,20 +11,37 @@ already say its coefficients, so the gradients are finished while the logits are
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpref.backends import Backend, Grads, Head, RowStats, Weighed
-from fastpref.objectives import Objective, PairLogps
+from fastpref.objectives import Objective, PairLogps, evaluate
 from fastpref.planner import Plan, even_ranges
 from fastpref.sequences import Rows, on_device
+from fastpref.validation import require
 
 # Of the hidden states' size, converted together: 16 MiB of float32 at H = 4096.
 _ROWS_AT_ONCE = 1024
+
+
+def _first_order(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """A backward whose results are constants to autograd, and which must not be taken for more."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *upstream: Tensor | None) -> tuple:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fastpref's gradients have no derivative of their own, so create_graph=True would "
+                "give zeros; backend='reference' has second derivatives"
+            )
+        return backward(ctx, *upstream)
+
+    return checked
 
 
 class TokenLogps(torch.autograd.Function):
@@ -47,7 +64,7 @@ class TokenLogps(torch.autograd.Function):
         with _no_autocast(hidden):
             kept = None
             if plan.schedule == "frozen_head":
-                kept = _KeptRows(hidden, index, len(targets))
+                kept = _KeptRows(hidden, index, len(targets), head)
                 found = kept.fill(hidden, targets, head, plan, backend, stats)
             else:
                 found = backend.forward(hidden, index, targets, head, plan.tile, stats)
@@ -60,7 +77,7 @@ class TokenLogps(torch.autograd.Function):
         return found.logps, *(found.extra[name] for name in stats)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, coef: Tensor | None, *of_stats: Tensor | None) -> tuple:
         hidden, weight, bias, targets, index, lse, entropy = ctx.saved_tensors
         of_entropy = dict(zip(ctx.stats, of_stats, strict=True)).get("entropy")
@@ -95,17 +112,18 @@ class _KeptRows:
     """∂ℓ_t/∂h_t of every row: it depends on no coefficient, so it can be had in the forward.
 
     It is kept where the gradient of hidden will be, so that nothing is copied when it becomes that.
-    Half precision would round it twice, so there the rest is kept beside it. Of bf16 as bf16: 16
-    bits in all, for 8 that remain. Of fp16 as float32: a loss scale may lift what underflows.
+    Narrower than the accumulators it would be rounded twice, so there the rest is kept beside it.
+    Of bf16 as bf16: 16 bits in all, for 8 that remain. Of others as float32: a loss scale may lift
+    what underflows in fp16.
     """
 
-    def __init__(self, hidden: Tensor, index: Tensor | None, rows: int) -> None:
+    def __init__(self, hidden: Tensor, index: Tensor | None, rows: int, head: Head) -> None:
         self.high = torch.zeros_like(hidden)  # (M, H)
         self.index = torch.arange(rows, device=hidden.device) if index is None else index
-        rests = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
         self.low = None
-        if hidden.dtype in rests:
-            self.low = hidden.new_empty(rows, hidden.shape[1], dtype=rests[hidden.dtype])  # (n, H)
+        if hidden.dtype != head.accumulate_dtype:
+            dtype = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
+            self.low = hidden.new_empty(rows, hidden.shape[1], dtype=dtype)  # (n, H)
 
     def fill(
         self,
@@ -180,6 +198,8 @@ class PairGroups(torch.autograd.Function):
             for first, last in plan.groups:
                 group.run(first, last, pair_inputs, objective, divisor)
         losses = torch.cat([part.losses for part in group.weighed])
+        if len(plan.groups) > 1 and not pair_inputs.fusible(objective, backend):
+            pair_inputs.refuse_coupled(objective, [part.logps for part in group.weighed], losses)
         logps = rows.in_batch_order(torch.cat([part.logps for part in group.weighed]))
         metrics = _joined([part.metrics for part in group.weighed])
         found = RowStats.concatenate(group.parts)
@@ -190,7 +210,7 @@ class PairGroups(torch.autograd.Function):
         return losses.sum() / divisor, losses, logps, metrics, *extra
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple:
         if ctx.grads is None:
             raise RuntimeError(
@@ -300,7 +320,7 @@ class PairInputs:
         which = None
         if not all(counted):
             found = [i for i, counts in enumerate(counted) if counts]
-            which = on_device(torch.tensor(found, dtype=torch.int64), logps.device)
+            which = on_device(torch.tensor(found, dtype=torch.int64, device="cpu"), logps.device)
 
         def of(values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
             if values is None:
@@ -321,12 +341,7 @@ class PairInputs:
         """Losses of the pairs `first:last` from `logps (2, pairs)`, by ordinary autograd."""
         pairs, which = self.pairs(logps, first, last)
         count = logps.shape[1] if which is None else len(which)
-        losses = objective(pairs) if count else pairs.chosen_logps * 0
-        if not isinstance(losses, Tensor) or losses.shape != (count,):
-            raise ValueError(
-                f"{type(objective).__name__} must return one loss a pair, ({count},), got "
-                f"{tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__}"
-            )
+        losses = evaluate(objective, pairs) if count else pairs.chosen_logps * 0
         if which is None:
             return losses
         return logps.new_zeros(logps.shape[1]).index_copy(0, which, losses.to(logps.dtype))
@@ -362,11 +377,27 @@ class PairInputs:
         with torch.enable_grad():
             leaf = sums.view(-1, 2).T.detach().requires_grad_()
             losses = self.losses(objective, leaf, first, last)
-            coefs = torch.zeros_like(leaf)
-            if losses.requires_grad:
-                (coefs,) = torch.autograd.grad(losses.sum(), leaf, materialize_grads=True)
+            _refuse_other_leaves(losses, leaf, objective)
+            (coefs,) = torch.autograd.grad(losses.sum(), leaf, materialize_grads=True)
         coef = rows.spread(coefs.T.flatten() / divisor, 2 * first)
         return Weighed(sums, losses.detach(), coef)
+
+    def refuse_coupled(self, objective: Objective, logps: list[Tensor], by_group: Tensor) -> None:
+        """Raises where pairs seen together have other losses than group by group.
+
+        A different length may take another instruction to the same function, which is a few units
+        in the last place; a batch's mean or order changes far more.
+        """
+        with torch.no_grad():
+            together = self.losses(objective, torch.cat(logps).view(-1, 2).T)
+        allowed = 1024 * torch.finfo(by_group.dtype).eps * (1 + together.abs())
+        alike = ((together - by_group).abs() <= allowed) | ~together.isfinite()
+        name = type(objective).__name__
+        require(
+            alike.all(),
+            f"{name} gives a pair another loss beside other pairs and does not say that it couples "
+            f"them: set couples_pairs = True in {name}",
+        )
 
     def mean_metrics(self, per_pair: dict[str, Tensor]) -> dict[str, Tensor]:
         """Means over the counted pairs, 0 of none, from values that are 0 for the others."""
@@ -389,10 +420,26 @@ class PairLosses(torch.autograd.Function):
         return weighed.losses, summed, weighed.metrics
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, of_losses: Tensor, *_: Tensor) -> tuple:
         (coef,) = ctx.saved_tensors
         return coef * ctx.rows.repeat(of_losses.repeat_interleave(2)), None, None, None
+
+
+def _refuse_other_leaves(losses: Tensor, leaf: Tensor, objective: Objective) -> None:
+    """Raises where a tensor other than the log-probabilities would train: it would get nothing."""
+    nodes, seen = [losses.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", leaf) is not leaf:
+            raise ValueError(
+                f"{type(objective).__name__} uses a tensor that requires a gradient but is none of "
+                "its attributes; make it one, or use schedule='recompute'"
+            )
+        nodes += [following for following, _ in node.next_functions]
 
 
 def _joined(parts: list[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:

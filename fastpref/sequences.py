@@ -43,13 +43,14 @@ class Rows:
         paired: bool,
     ) -> Rows:
         flat = targets.flatten().cpu()
-        positions = torch.arange(len(flat))
+        positions = torch.arange(len(flat), device=flat.device)
         if cu_seqlens is None:
             sequences = targets.shape[0]
             sequence_of = positions // max(1, targets.shape[1])
         else:
             sequences = len(cu_seqlens) - 1
-            sequence_of = torch.searchsorted(cu_seqlens[1:].cpu(), positions, right=True)
+            ends = cu_seqlens[1:].cpu().contiguous()
+            sequence_of = torch.searchsorted(ends, positions, right=True)
         index = (flat != IGNORED).nonzero().flatten()
         order_of = sequence_of[index]
         if paired:  # chosen sequences come first in the batch, pairs are adjacent here
@@ -128,7 +129,7 @@ def copied_to_host(tensor: Tensor) -> Callable[[], Tensor]:
     """
     if tensor.device.type not in PINNED_FOR:
         return tensor.cpu
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     host.copy_(tensor, non_blocking=True)
     stream = getattr(torch, tensor.device.type).current_stream(tensor.device)
     arrived = stream.record_event()

@@ -10,10 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpref.backends import TOKEN_STATS
+from fastpref.domains import FINITE, POSITIVE, Domain
 from fastpref.objectives import Objective, make_objective, objective_names
 
 REDUCTIONS = ("mean", "sum", "none")
+_BYTES = Domain(above=0, whole=True)
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ASYNC_DEVICES = ("cuda", "xpu", "meta")
 
 
@@ -23,19 +25,23 @@ def check_head(
     targets: Tensor,
     *,
     bias: Tensor | None,
+    logit_scale: float,
     softcap: float | None,
     temperature: float,
     stats: tuple[str, ...],
+    known_stats: tuple[str, ...],
     logits_budget: int | None,
-    autocast: bool,
 ) -> None:
     """Everything about the projection: hidden, weight, bias, targets and the head's scalars."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
         _tensor(name, tensor)
-    if not hidden.is_floating_point() or hidden.dim() < 2:
-        raise TypeError(f"hidden must be floating point (…, H), got {_describe(hidden)}")
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be (V, H), got {_describe(weight)}")
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and _tensor(name, tensor).dtype not in _FLOATS:
+            raise TypeError(f"{name} must be one of {_FLOATS}, got {_describe(tensor)}")
+    if hidden.dim() < 2:
+        raise ValueError(f"hidden must be (…, H), got {_describe(hidden)}")
+    if weight.dim() != 2 or not len(weight):
+        raise ValueError(f"weight must be (V, H) with V ≥ 1, got {_describe(weight)}")
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden has H = {hidden.shape[-1]} but weight is {tuple(weight.shape)}; "
@@ -43,18 +49,10 @@ def check_head(
         )
     _same_device("weight", weight, hidden)
     _here_or_on_host("targets", targets, hidden)
-    if hidden.dtype != weight.dtype and not autocast:
-        raise TypeError(
-            f"hidden and weight must have one dtype outside autocast, got {hidden.dtype} and "
-            f"{weight.dtype}"
-        )
     if bias is not None:
-        _tensor("bias", bias)
         _same_device("bias", bias, hidden)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must be ({len(weight)},), got {_describe(bias)}")
-        if bias.dtype != weight.dtype:
-            raise TypeError(f"bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
     if targets.dtype != torch.int64:
         raise TypeError(f"targets must be int64, got {targets.dtype}")
     if targets.shape != hidden.shape[:-1]:
@@ -62,18 +60,27 @@ def check_head(
             f"targets must have hidden's leading shape {tuple(hidden.shape[:-1])}, "
             f"got {tuple(targets.shape)}"
         )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    _check_scalars(logit_scale, softcap, temperature)
     for name in stats:
-        if name not in TOKEN_STATS:
-            raise ValueError(f"unknown entry {name!r} of stats; expected some of {TOKEN_STATS}")
-    if logits_budget is not None and logits_budget <= 0:
-        raise ValueError(f"logits_budget must be a positive number of bytes, got {logits_budget}")
+        if name not in known_stats:
+            raise ValueError(f"unknown entry {name!r} of stats; expected some of {known_stats}")
+    if logits_budget is not None:
+        _BYTES.check("logits_budget", logits_budget)
     vocabulary = len(weight)
     in_range = ((targets >= 0) & (targets < vocabulary)) | (targets == -100)
-    _require(in_range.all(), f"targets must be -100 or lie in [0, {vocabulary})", targets, in_range)
+    require(in_range.all(), f"targets must be -100 or lie in [0, {vocabulary})", targets, in_range)
+
+
+def _check_scalars(logit_scale: float, softcap: float | None, temperature: float) -> None:
+    if isinstance(logit_scale, Tensor) and logit_scale.requires_grad:
+        raise TypeError(
+            "logit_scale gets no gradient: give hidden * logit_scale, which has the same logits "
+            "(and divide a bias by it)"
+        )
+    FINITE.check("logit_scale", logit_scale)
+    if softcap is not None:
+        POSITIVE.check("softcap", softcap)
+    POSITIVE.check("temperature", temperature)
 
 
 def check_sequences(
@@ -103,11 +110,11 @@ def check_sequences(
                 f"cu_seqlens must be integers (sequences + 1,), got {_describe(cu_seqlens)}"
             )
         _here_or_on_host("cu_seqlens", cu_seqlens, hidden)
-        _require(cu_seqlens[0] == 0, "cu_seqlens must start at 0", cu_seqlens)
+        require(cu_seqlens[0] == 0, "cu_seqlens must start at 0", cu_seqlens)
         total = len(hidden)
         ends = cu_seqlens[-1] == total
-        _require(ends, f"cu_seqlens must end at the total of {total} rows of hidden", cu_seqlens)
-        _require((cu_seqlens.diff() > 0).all(), "cu_seqlens must increase", cu_seqlens)
+        require(ends, f"cu_seqlens must end at the total of {total} rows of hidden", cu_seqlens)
+        require((cu_seqlens.diff() > 0).all(), "cu_seqlens must increase", cu_seqlens)
         sequences = len(cu_seqlens) - 1
     if paired and (sequences == 0 or sequences % 2):
         raise ValueError(
@@ -122,7 +129,9 @@ def check_sequences(
                 f"token_weights must have targets' shape {tuple(targets.shape)}, got "
                 f"{tuple(token_weights.shape)}"
             )
-        _require(token_weights.isfinite().all(), "token_weights must be finite", token_weights)
+        if token_weights.is_complex():
+            raise TypeError(f"token_weights must be real, got {token_weights.dtype}")
+        require(token_weights.isfinite().all(), "token_weights must be finite", token_weights)
     return sequences
 
 
@@ -165,7 +174,7 @@ def check_objective(
             )
         if tensor.device != device:
             raise ValueError(f"{argument} is on {tensor.device}, hidden on {device}")
-        _require(tensor.isfinite().all(), f"{argument} must be finite", tensor)
+        require(tensor.isfinite().all(), f"{argument} must be finite", tensor)
     return objective
 
 
@@ -175,9 +184,13 @@ def _score_hint(objective: Objective, argument: str) -> str:
     return ""
 
 
-def _tensor(name: str, value: object) -> None:
+def _tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else value.layout
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+    return value
 
 
 def _same_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
@@ -194,12 +207,15 @@ def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
-def _require(condition: Tensor, message: str, tensor: Tensor, valid: Tensor | None = None) -> None:
+def require(
+    condition: Tensor, message: str, tensor: Tensor | None = None, valid: Tensor | None = None
+) -> None:
     """Raises on the CPU; elsewhere asserts on the device without waiting for it."""
     if condition.device.type in _ASYNC_DEVICES:
         torch._assert_async(condition, message)
     elif not condition:
-        raise ValueError(f"{message}; got {_offending(tensor, valid)}")
+        got = "" if tensor is None else f"; got {_offending(tensor, valid)}"
+        raise ValueError(message + got)
 
 
 def _offending(tensor: Tensor, valid: Tensor | None) -> object:

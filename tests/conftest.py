@@ -9,6 +9,7 @@ os.environ["TQDM_DISABLE"] = "1"
 
 import pytest
 import torch
+from hypothesis import settings
 
 pytest.register_assert_rewrite("trl_runs")
 
@@ -99,6 +100,19 @@ def poison(monkeypatch):
         (torch.Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=0, metavar="N", help="draw N new random cases")
+
+
+def pytest_configure(config):
+    """The same few hundred cases in every run, or as many new ones as `--fuzz` asks for."""
+    few = 30 if os.environ.get("TRITON_INTERPRET") == "1" else 300
+    cases = config.getoption("--fuzz")
+    settings.register_profile(
+        "fuzz", max_examples=cases or few, derandomize=not cases, deadline=None, database=None
+    )
 
 
 def pytest_collection_modifyitems(config, items):

@@ -27,7 +27,7 @@ def is_png(path):
         (["--eta", "0.5"], "UniDPO(balance=None, beta=2.0, eta=0.5", "config.json"),
         (
             ["--objective", "adadpo", "--lora", "--balance-clip", "3"],
-            "clip=3.0",
+            "ceiling=3.0",
             "adapter_config.json",
         ),
         (["--objective", "simpo", "--balance"], "SimPO(balance=Balance(", "config.json"),

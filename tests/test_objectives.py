@@ -1,6 +1,7 @@
 """Objectives against the reference in float64, their closed forms and AdaDPO's properties."""
 
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -23,14 +24,20 @@ from fastpref import (
     UniDPO,
     reference,
 )
-from fastpref.objectives import make_objective, objective_names, pair_metrics
+from fastpref.objectives import (
+    PUBLISHED_SETTINGS,
+    make_objective,
+    objective_names,
+    pair_metrics,
+)
 
 BALANCES = [
     None,
     Balance(),
-    Balance(clip=1.05),
+    Balance(ceiling=1.05, floor=0.9),
+    Balance(chosen_exponent=0.5, rejected_exponent=0.5, ceiling=10.0, floor=0.1),
     Balance(source="implicit_reward", chosen_exponent=0.3, rejected_exponent=0.9),
-    Balance(per_token=False, clip=3.0),
+    Balance(per_token=False, ceiling=3.0),
 ]
 VARIANTS = [
     DPO(),
@@ -55,7 +62,7 @@ VARIANTS = [
     UniDPO(gamma=0.0),
     UniDPO(detach_performance_weight=True),
     AdaDPO(),
-    AdaDPO(beta=0.3, balance=Balance(clip=2.0)),
+    AdaDPO(beta=0.3, balance=Balance(ceiling=1.5)),
 ]
 
 
@@ -170,15 +177,15 @@ logps = st.floats(-400, -0.01)
 lengths = st.integers(1, 300)
 
 
-def one_pair(chosen, rejected, n_chosen, n_rejected, ref=(-30.0, -40.0)):
+def one_pair(chosen, rejected, n_chosen, n_rejected, ref=(-30.0, -40.0), dtype=torch.float64):
     values = (chosen, rejected, n_chosen, n_rejected, *ref, 0.0, 0.0)
-    return PairLogps(*(torch.tensor([float(v)], dtype=torch.float64) for v in values))
+    return PairLogps(*(torch.tensor([float(v)], dtype=dtype) for v in values))
 
 
 @given(logps, logps, lengths, lengths, st.floats(0, 1))
 @settings(deadline=None)
 def test_balanced_magnitudes_agree(chosen, rejected, n_chosen, n_rejected, exponent):
-    balance = Balance(chosen_exponent=exponent, rejected_exponent=1 - exponent, clip=math.inf)
+    balance = Balance(chosen_exponent=exponent, rejected_exponent=1 - exponent, ceiling=math.inf)
     pairs = one_pair(chosen, rejected, n_chosen, n_rejected)
     log_p = chosen / n_chosen, rejected / n_rejected
     if abs(log_p[0] - log_p[1]) > 300:
@@ -207,10 +214,10 @@ def test_scaling_all_probabilities_changes_no_coefficient(a, b, n_a, n_b, log_sc
         assert abs(found / expected - 1) <= 8 * 2**-53 * (1 + size)
 
 
-@given(logps, logps, lengths, lengths)
+@given(logps, logps, lengths, lengths, st.floats(-2, 2))
 @settings(deadline=None)
-def test_swapping_responses_swaps_coefficients(a, b, n_a, n_b):
-    balance = Balance()
+def test_swapping_responses_swaps_coefficients_of_equal_exponents(a, b, n_a, n_b, exponent):
+    balance = Balance(chosen_exponent=exponent, rejected_exponent=exponent, floor=0.1)
     forth = balance.coefficients(*balance.log_probs(one_pair(a, b, n_a, n_b)))
     back = balance.coefficients(*balance.log_probs(one_pair(b, a, n_b, n_a)))
     assert forth == back[::-1]
@@ -218,12 +225,56 @@ def test_swapping_responses_swaps_coefficients(a, b, n_a, n_b):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", objective_names())
-def test_clip_of_one_is_no_balance_bit_for_bit(name, dtype):
+def test_ceiling_and_floor_of_one_are_no_balance_bit_for_bit(name, dtype):
     pairs = make_pairs(dtype=dtype)
     plain = losses_and_coefs(make_objective(name, balance=None), pairs)
-    clipped = losses_and_coefs(make_objective(name, balance=Balance(clip=1)), pairs)
-    for found, expected in zip(clipped, plain, strict=True):
+    one = Balance(ceiling=1, floor=1, rejected_exponent=0.7)
+    for found, expected in zip(
+        losses_and_coefs(make_objective(name, balance=one), pairs), plain, strict=True
+    ):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("source", ["policy", "implicit_reward"])
+def test_adadpo_as_published(source, per_token):
+    """β_w = β min(sg[P_w / P_l], C), β_l = β; of ratio space P is taken over the reference's."""
+    beta, ceiling = 0.05, 2.0
+    pairs = make_pairs()
+    l_w = pairs.chosen_logps.clone().requires_grad_()
+    l_l = pairs.rejected_logps.clone().requires_grad_()
+    r_w, r_l = pairs.ref_chosen_logps, pairs.ref_rejected_logps
+    over = source == "implicit_reward"
+    n_w, n_l = (pairs.chosen_lengths, pairs.rejected_lengths) if per_token else (1, 1)
+    p_w = ((l_w - over * r_w) / n_w).detach().exp()
+    p_l = ((l_l - over * r_l) / n_l).detach().exp()
+    beta_w = beta * torch.minimum(p_w / p_l, torch.tensor(ceiling))
+    losses = -torch.log(torch.sigmoid(beta_w * (l_w - r_w) - beta * (l_l - r_l)))
+    coefs = torch.autograd.grad(losses.sum(), (l_w, l_l))
+    objective = AdaDPO(beta=beta)
+    if (source, per_token) != ("policy", True):
+        objective = DPO(beta=beta, balance=Balance(source=source, per_token=per_token))
+    assert 0 < (beta_w == beta * ceiling).double().mean() < 1  # some are clipped
+    for found, expected in zip(
+        losses_and_coefs(objective, pairs), (losses.detach(), *coefs), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_coefficients_of_extreme_probabilities(dtype):
+    far = torch.tensor([1e6, -1e6, math.nan], dtype=dtype)
+    chosen, rejected = Balance().coefficients(far, torch.zeros_like(far))
+    assert chosen[:2].tolist() == [2.0, 0.0]
+    assert chosen[2].isnan()
+    assert rejected.tolist() == [1.0] * 3
+    assert Balance(ceiling=0.5).coefficients(far, far)[1].tolist() == [1.0] * 3
+    symmetric = Balance(rejected_exponent=1.0, ceiling=3.0, floor=0.2)
+    for found, expected in zip(
+        symmetric.coefficients(far, torch.zeros_like(far)), ([3.0, 0.2], [0.2, 3.0]), strict=True
+    ):
+        assert found[:2].tolist() == pytest.approx(expected, rel=1e-7)
+    assert symmetric.clipped(far, torch.zeros_like(far))[:2].tolist() == [1.0, 1.0]
 
 
 def test_no_gradient_flows_through_the_coefficients():
@@ -242,7 +293,7 @@ def test_no_gradient_flows_through_the_coefficients():
 def test_orpo_balances_the_log_odds():
     """a_w / a_l = ρ'(p̄_l) / ρ'(p̄_w) for ρ = log odds, so |∂L/∂p̄| of the odds term agree."""
     pairs = make_pairs()
-    objective = ORPO(odds_weight=1.0, balance=Balance(clip=math.inf))
+    objective = ORPO(odds_weight=1.0, balance=Balance(ceiling=math.inf))
     _, of_chosen, of_rejected = losses_and_coefs(objective, pairs)
     of_chosen = of_chosen + 1 / pairs.chosen_lengths  # without the NLL
     by_p_chosen = of_chosen * pairs.chosen_lengths / pairs.chosen_mean_logps.exp()
@@ -258,26 +309,56 @@ def test_adadpo_is_dpo_with_a_balance():
 # --- names, metrics, bad settings ---------------------------------------------------------------
 
 
-def test_metrics_are_means_over_pairs():
+@pytest.mark.parametrize("normalized", [True, False])
+def test_metrics_are_means_over_pairs(normalized):
     pairs = make_pairs()
-    metrics = pair_metrics(UniDPO(balance=Balance(clip=1.2)), pairs)
-    rewards = 2.0 * (pairs.chosen_logps - pairs.ref_chosen_logps)
-    others = 2.0 * (pairs.rejected_logps - pairs.ref_rejected_logps)
+    objective = UniDPO(balance=Balance(ceiling=1.2, floor=0.8), length_normalized=normalized)
+    metrics = pair_metrics(objective, pairs)
+    n_w, n_l = (pairs.chosen_lengths, pairs.rejected_lengths) if normalized else (1, 1)
+    rewards = 2.0 * (pairs.chosen_logps - pairs.ref_chosen_logps) / n_w
+    others = 2.0 * (pairs.rejected_logps - pairs.ref_rejected_logps) / n_l
     torch.testing.assert_close(metrics["rewards/chosen"], rewards.mean())
     torch.testing.assert_close(metrics["rewards/margins"], (rewards - others).mean())
     torch.testing.assert_close(metrics["rewards/accuracies"], (rewards > others).double().mean())
+    torch.testing.assert_close(metrics["logps/chosen"], pairs.chosen_logps.mean())
     delta = pairs.chosen_mean_logps - pairs.rejected_mean_logps
-    clipped = (0.5 * delta.abs() > math.log(1.2)).double().mean()
+    clipped = ((delta > math.log(1.2)) | (delta < math.log(0.8))).double().mean()
     assert 0 < clipped < 1
     torch.testing.assert_close(metrics["balance/clipped"], clipped)
     assert metrics.keys() >= {"weights/quality", "weights/performance", "weights/nll"}
     assert not any(value.requires_grad for value in metrics.values())
 
 
-def test_metrics_without_reference_scale_log_probabilities():
-    pairs = dataclasses.replace(make_pairs(), ref_chosen_logps=None, ref_rejected_logps=None)
+def test_rewards_say_what_the_loss_prefers():
+    """A short chosen response, likelier per token: its sum is the larger, its average too."""
+    pairs = one_pair(-100.0, -40.0, 200, 20)  # averages −0.5 and −2
     metrics = pair_metrics(SimPO(), pairs)
-    torch.testing.assert_close(metrics["rewards/chosen"], 2.0 * pairs.chosen_logps.mean())
+    assert metrics["rewards/margins"] == 3.0
+    assert metrics["rewards/accuracies"] == 1
+    summed = pair_metrics(CPO(), pairs)
+    assert summed["rewards/margins"] == pytest.approx(-6.0)
+    assert summed["rewards/accuracies"] == 0
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["reference given", "none"])
+@pytest.mark.parametrize("objective", [SimPO(), CPO(), ORPO()])
+def test_rewards_of_objectives_without_a_reference_do_not_look_at_one(objective, given):
+    pairs = make_pairs()
+    if not given:
+        pairs = dataclasses.replace(pairs, ref_chosen_logps=None, ref_rejected_logps=None)
+    metrics = pair_metrics(objective, pairs)
+    of = pairs.chosen_logps / (pairs.chosen_lengths if objective.length_normalized else 1)
+    expected = objective.reward_scale * of.mean()
+    torch.testing.assert_close(metrics["rewards/chosen"], expected)
+
+
+@pytest.mark.parametrize("mean", [-1e-5, -1e-3, -0.7, -5.0, -60.0])
+def test_odds_near_certainty_keep_their_gradient_in_float32(mean):
+    found, expected = (
+        losses_and_coefs(ORPO(odds_weight=1.0), one_pair(mean, -2.0, 1, 1, dtype=dtype))[1]
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["Uni-DPO", "uni_dpo", "UNIDPO"])
@@ -286,7 +367,7 @@ def test_names_are_forgiving(name):
 
 
 def test_balance_from_settings():
-    assert make_objective("dpo", balance={"clip": 3.0}) == DPO(balance=Balance(clip=3.0))
+    assert make_objective("dpo", balance={"ceiling": 3.0}) == DPO(balance=Balance(ceiling=3.0))
     assert make_objective("simpo", balance=True) == SimPO(balance=Balance())
 
 
@@ -295,17 +376,79 @@ def test_balance_from_settings():
     [
         (lambda: make_objective("ppo"), "unknown objective 'ppo'.*simpo"),
         (lambda: make_objective("dpo", gamma=1.0), "DPO has no hyperparameter 'gamma'"),
-        (lambda: DPO(beta=0), "beta must be positive"),
+        (lambda: DPO(beta=0), "beta must be finite and above 0, got 0"),
         (lambda: DPO(label_smoothing=0.5), "label_smoothing"),
         (lambda: UniDPO(gamma=-1), "gamma"),
         (lambda: Balance(source="oracle"), "source"),
-        (lambda: Balance(clip=0.9), "clip"),
+        (lambda: Balance(ceiling=0), "ceiling must be a number and above 0, got 0"),
+        (lambda: Balance(floor=-0.1), "floor"),
+        (lambda: Balance(floor=3.0), "floor 3.0 must not exceed ceiling 2.0"),
+        (lambda: CPO(nll_weight=-1), "nll_weight must be finite and at least 0, got -1"),
+        (lambda: UniDPO(nll_weight=-1e-3), "nll_weight"),
+        (lambda: ORPO(odds_weight=-1), "odds_weight"),
+        (lambda: UniDPO.for_model("gpt-2"), "'gpt-2'.*gemma-2-9b-it"),
+        (lambda: UniDPO().for_scores((1, 1), (0, 1)), "theirs must increase"),
+        (lambda: UniDPO().for_scores((1, 5), (0, math.nan)), "yours must be finite"),
         (lambda: ORPO(balance=Balance(source="implicit_reward")), "ORPO"),
     ],
 )
 def test_bad_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, "1", None, True, 1j])
+@pytest.mark.parametrize("owner", [*objective_names(), "balance"])
+def test_every_number_must_be_one(owner, bad):
+    """No hyperparameter of any objective lets through what would train NaN or nothing."""
+    make = Balance if owner == "balance" else functools.partial(make_objective, owner)
+    fields = dataclasses.fields(make())
+    names = [field.name for field in fields if isinstance(field.default, float)]
+    assert names
+    for name in names:
+        if (name, bad) == ("ceiling", math.inf):
+            continue
+        with pytest.raises((ValueError, TypeError), match=name):
+            make(**{name: bad})
+
+
+def test_flags_must_be_flags():
+    with pytest.raises(TypeError, match="length_normalized must be True or False, got 'no'"):
+        DPO(length_normalized="no")
+    with pytest.raises(TypeError, match="per_token"):
+        Balance(per_token=1)
+
+
+def test_published_settings_of_unidpo():
+    assert UniDPO.for_model("llama-3-8b-base") == UniDPO()
+    assert UniDPO.for_model("google/gemma-2-9b-it") == UniDPO(beta=10.0)
+    assert UniDPO.for_model("meta-llama/Meta-Llama-3-8B-Instruct") == UniDPO(tau_ref=1.0)
+    assert UniDPO.for_model("Llama-3-8B-Instruct-v2") == UniDPO(beta=10.0, tau_ref=1.0)
+    assert UniDPO.for_model("Qwen2.5-14B") == UniDPO(beta=3.5)
+    math_run = UniDPO(tau_ref=2.0, nll_weight=0.2, tau_good=8.0)
+    assert UniDPO.for_model("Qwen/Qwen2.5-Math-7B") == math_run
+    assert UniDPO.for_model("qwen2-vl-2b") == UniDPO(tau_ref=2.0, tau_good=2.5)
+    changed = UniDPO.for_model("gemma-2-9b-it", gamma=1.0, balance=Balance())
+    assert changed == UniDPO(beta=10.0, gamma=1.0, balance=Balance())
+    rates = {name: settings["learning_rate"] for name, settings in PUBLISHED_SETTINGS.items()}
+    assert rates.pop("gemma-2-9b-it") == 8e-7
+    assert {rates.pop(name) for name in list(rates) if name[8:] in QWEN_SIZES} == {2e-6}
+    assert set(rates.values()) == {1e-6}
+
+
+QWEN_SIZES = ("0.5b", "1.5b", "3b", "7b", "14b")
+
+
+def test_scores_on_another_scale_weigh_the_same():
+    pairs = make_pairs()
+    stretched = dataclasses.replace(
+        pairs,
+        chosen_scores=7 * pairs.chosen_scores - 4,
+        rejected_scores=7 * pairs.rejected_scores - 4,
+    )
+    objective = UniDPO(nll_weight=0.3, tau_good=5.0)
+    elsewhere = objective.for_scores((1.0, 5.0), (3.0, 31.0))
+    torch.testing.assert_close(elsewhere(stretched), objective(pairs))
 
 
 def test_balance_must_be_a_balance():

@@ -1,9 +1,11 @@
 """Every table of the README is what its result file gives."""
 
 import json
+import re
 from pathlib import Path
 
 from fastpref.commands.benchmark.report import insert_tables, markdown_tables
+from fastpref.objectives import PUBLISHED_SETTINGS
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,3 +39,23 @@ def test_no_gpu_figure_without_a_gpu_result_file():
     ]
     if all(results["environment"]["device"] == "cpu" for results in measured):
         assert "No GPU has been used yet" in text
+
+
+def test_published_settings_of_unidpo():
+    """The table's figures, blanks taken from its first line, are `PUBLISHED_SETTINGS`."""
+    section = (
+        (ROOT / "README.md").read_text().split("Its published settings")[1].split("τ_good and η")[0]
+    )
+    lines = [line for line in section.splitlines() if line.startswith("| `")]
+    found, base = {}, None
+    for line in lines:
+        names, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        base = base or cells
+        values = [float(cell or default) for cell, default in zip(cells, base, strict=True)]
+        first, *others = re.findall(r"`([^`]+)`", names)
+        stem = first.rsplit("-", 1)[0]
+        for name in (first, *(stem + other for other in others)):
+            found[name] = values
+    keys = ("beta", "tau_ref", "nll_weight", "tau_good", "learning_rate")
+    expected = {name: [x[key] for key in keys] for name, x in PUBLISHED_SETTINGS.items()}
+    assert found == expected

@@ -1,5 +1,6 @@
 """Every schedule against float64, within the derived error budget of `fastpref.commands.verify`."""
 
+import copy
 import dataclasses
 import math
 
@@ -20,7 +21,9 @@ from fastpref import (
     sequence_logps,
     shift_targets,
 )
+from fastpref.backends import accumulate_dtype
 from fastpref.commands.verify import SHAPES, Shape, make_batch, verify
+from fastpref.objectives import own_parameters
 
 SCHEDULES = ("frozen_head", "pair_groups", "recompute")
 # Also the sizes that end a tile, a block and a group early.
@@ -263,9 +266,105 @@ def test_a_bias_may_mask_tokens(schedule):
     truth = reference.linear_logps(exact.flatten(0, 1), *given, bias=bias.double())
     torch.testing.assert_close(logps.flatten(), truth.float(), rtol=1e-5, atol=1e-5)
     assert stats["entropy"].isfinite().all()
-    logps.sum().backward()
-    truth.sum().backward()
+    true_entropy = reference.token_statistics(exact.flatten(0, 1), *given, bias=bias.double())
+    (logps.sum() + 3 * stats["entropy"].sum()).backward()
+    (truth.sum() + 3 * true_entropy["entropy"].sum()).backward()
     torch.testing.assert_close(hidden.grad, exact.grad.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 100.0])
+@pytest.mark.parametrize("cap", [0.05, 1.0, 500.0])
+def test_frozen_head_of_a_small_softcap(cap, temperature, has_bias):
+    """The target's slope must not come from a log-sum-exp in which the capped logit drowns."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 24), torch.randn(1009, 24)
+    bias = torch.randn(1009) if has_bias else None
+    targets = torch.randint(0, 1009, (40,))
+    head = {"softcap": cap, "temperature": temperature, "logit_scale": 0.05}
+    grads = []
+    for dtype, how in (
+        (torch.float64, {"backend": "reference"}),
+        (torch.float32, {"backend": "reference"}),
+        (torch.float32, {"schedule": "frozen_head"}),
+    ):
+        leaf = hidden.to(dtype, copy=True).requires_grad_()
+        of_dtype = None if bias is None else bias.to(dtype)
+        logps = linear_logps(leaf, weight.to(dtype), targets, bias=of_dtype, **head, **how)
+        logps.sum().backward()
+        grads.append(leaf.grad.double())
+    truth, plain, ours = grads
+    rounding = 4 * 2**-24 * truth.abs().max()
+    assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max() + rounding
+
+
+# --- dtypes and devices -------------------------------------------------------------------------
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("of_bias", FLOATS)
+@pytest.mark.parametrize("of_weight", FLOATS)
+@pytest.mark.parametrize("of_hidden", FLOATS)
+def test_dtypes_are_promoted_as_torch_does(of_hidden, of_weight, of_bias, schedule):
+    """Results are those of operands converted first; gradients come in each operand's dtype."""
+    frozen = schedule == "frozen_head"
+    batch = dataclasses.replace(
+        PADDED,
+        hidden=PADDED.hidden.to(of_hidden),
+        weight=PADDED.weight.to(of_weight),
+        bias=torch.linspace(-1, 1, 1009).to(of_bias),
+    )
+    dtype = torch.promote_types(of_hidden, of_weight)
+    same = dataclasses.replace(
+        batch, hidden=batch.hidden.to(dtype), weight=batch.weight.to(dtype), bias=batch.bias
+    )
+    out, leaves = run(batch, frozen=frozen, schedule=schedule)
+    expected, of_same = run(same, frozen=frozen, schedule=schedule)
+    assert out.loss.dtype == accumulate_dtype(dtype)
+    assert torch.equal(out.logps, expected.logps)
+    for name, leaf in leaves.items():
+        if leaf.requires_grad:
+            assert leaf.grad.dtype == leaf.dtype
+            truth = of_same[name].grad.double()
+            rounding = torch.finfo(leaf.dtype).eps / 2 + torch.finfo(dtype).eps / 2
+            allowed = rounding * truth.abs() + torch.finfo(leaf.dtype).tiny
+            assert ((leaf.grad.double() - truth).abs() <= allowed).all(), name
+
+
+def test_float64_stays_float64_in_autocast():
+    """As torch's own products leave it."""
+    double = dataclasses.replace(
+        PADDED, hidden=PADDED.hidden.double(), weight=PADDED.weight.double()
+    )
+    plain, _ = run(double)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, leaves = run(double)
+        assert (double.hidden @ double.weight.T).dtype == torch.float64
+    assert torch.equal(out.loss, plain.loss)
+    assert leaves["hidden"].grad.dtype == torch.float64
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES, "forward"])
+def test_the_default_device_is_nobodys_business(schedule):
+    """`with torch.device("cuda")` while the tensors lie elsewhere; meta stands for any other."""
+    how = {"objective": UniDPO(), "stats": ("entropy", "mean_logits", "is_top1")}
+    empty = dataclasses.replace(PADDED, targets=PADDED.targets.clone())
+    empty.targets[1] = -100
+    with torch.device("meta"):
+        if schedule == "forward":
+            out = preference_loss(empty.hidden, empty.weight, empty.targets, **how, **empty.options)
+            linear_logps(empty.hidden, empty.weight, empty.targets)
+            sequence_logps(empty.hidden, empty.weight, empty.targets)
+            shift_targets(empty.targets, empty.targets)
+        else:
+            objective = how.pop("objective")
+            frozen = schedule == "frozen_head"
+            out, _ = run(empty, objective, frozen=frozen, schedule=schedule, **how)
+            run(empty, Cubic(), frozen=frozen, schedule=schedule)
+    assert out.loss.device.type == "cpu"
+    assert out.plan.schedule == schedule
 
 
 # --- objectives of one's own, coupling, saturation ----------------------------------------------
@@ -303,6 +402,105 @@ def test_objective_of_ones_own(objective):
             run(PADDED, objective, schedule="pair_groups")
 
 
+class Learned(Objective, torch.nn.Module):
+    """A β of its own that trains, and a module among its attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_beta = torch.nn.Parameter(torch.tensor(-1.0))
+        self.of_lengths = torch.nn.Linear(1, 1)
+
+    def __call__(self, pairs):
+        chosen, rejected = pairs.log_ratios(normalized=True)
+        shift = self.of_lengths(pairs.chosen_lengths[:, None]).squeeze(-1)
+        return torch.nn.functional.softplus(-self.log_beta.exp() * (chosen - rejected) + shift)
+
+
+class Plain(Objective):
+    """Its β is a tensor among plain attributes."""
+
+    def __init__(self):
+        self.log_beta = torch.tensor(-1.0, requires_grad=True)
+
+    def __call__(self, pairs):
+        chosen, rejected = pairs.log_ratios(normalized=True)
+        return torch.nn.functional.softplus(-self.log_beta.exp() * (chosen - rejected))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("make", [Learned, Plain])
+def test_parameters_of_an_objective_get_their_gradient(make, frozen):
+    torch.manual_seed(0)
+    ours = make()
+    truth = copy.deepcopy(ours) if make is Learned else make()
+    out, leaves = run(PADDED, ours, frozen=frozen)
+    _, of_truth = run(PADDED, truth, frozen=frozen, backend="reference")
+    assert out.plan.schedule == ("frozen_head" if frozen else "recompute")
+    assert ours.log_beta.grad.abs() > 1e-3
+    for found, expected in zip(own_parameters(ours), own_parameters(truth), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(leaves["hidden"].grad, of_truth["hidden"].grad, rtol=1e-3, atol=1e-6)
+    if not frozen:
+        with pytest.raises(ValueError, match="parameters of its own"):
+            run(PADDED, make(), schedule="pair_groups")
+
+
+def test_parameters_that_cannot_be_found_are_an_error():
+    hidden_away = [torch.tensor(2.0, requires_grad=True)]
+
+    class Closure(Objective):
+        def __call__(self, pairs):
+            return hidden_away[0].exp() * pairs.chosen_logps
+
+    with pytest.raises(ValueError, match="Closure uses a tensor that requires a gradient"):
+        run(PADDED, Closure())
+    grads = []
+    for how in ({"schedule": "recompute"}, {"backend": "reference"}):
+        hidden_away[0].grad = None
+        run(PADDED, Closure(), **how)
+        grads.append(hidden_away[0].grad)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("schedule", ["frozen_head", "pair_groups", "recompute"])
+@pytest.mark.parametrize(
+    ("losses", "error"),
+    [
+        (lambda pairs: -pairs.chosen_logps.detach(), "losses without a gradient"),
+        (lambda pairs: (pairs.chosen_logps * 0 + 1).detach(), "losses without a gradient"),
+        (lambda pairs: torch.no_grad()(lambda: -pairs.chosen_logps)(), "losses without a gradient"),
+        (lambda pairs: pairs.chosen_logps.long(), "floating-point losses, got torch.int64"),
+        (lambda pairs: pairs.chosen_logps > pairs.rejected_logps, "floating-point losses"),
+    ],
+)
+def test_losses_that_train_nothing_are_an_error(losses, error, schedule):
+    objective = type("Odd", (Objective,), {"__call__": lambda self, pairs: losses(pairs)})()
+    for backend in ("torch", "reference"):
+        with pytest.raises((ValueError, TypeError), match=f"Odd .*{error}"):
+            how = {"backend": backend, "schedule": schedule}
+            run(PADDED, objective, frozen=schedule == "frozen_head", **how)
+    if "gradient" in error:  # but to look at them is no error
+        with torch.no_grad():
+            preference_loss(
+                PADDED.hidden, PADDED.weight, PADDED.targets, objective, **PADDED.options
+            )
+
+
+class SilentBaseline(BatchBaseline):
+    couples_pairs = False
+
+
+def test_an_objective_that_couples_pairs_must_say_so():
+    """Its loss would depend on how many pairs fit the budget."""
+    one, _ = run(PADDED, SilentBaseline())
+    assert len(one.plan.groups) == 1
+    torch.testing.assert_close(one.loss, run(PADDED, BatchBaseline())[0].loss)
+    with pytest.raises(ValueError, match="SilentBaseline.*set couples_pairs = True"):
+        run(PADDED, SilentBaseline(), logits_budget=40 * 4036)
+    for honest in (Cubic(), Plain()):
+        run(PADDED, honest, logits_budget=40 * 4036)
+
+
 def test_wrong_shape_from_an_objective_is_an_error():
     class Scalar(Objective):
         def __call__(self, pairs):
@@ -337,6 +535,26 @@ def test_saturated_pairs_skip_the_backward_products(schedule, monkeypatch):
     scored = (PADDED.targets != -100).sum(1).view(2, 3).sum(0)
     assert sum(rows) == scored[live].sum()
     assert (leaves["hidden"].grad[[1, 4]] == 0).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_second_derivatives_are_refused(schedule):
+    """A gradient penalty would add nothing, without a word."""
+    weight = PADDED.weight.clone().requires_grad_(schedule != "frozen_head")
+    hidden = PADDED.hidden.clone().requires_grad_()
+    given = hidden, weight, PADDED.targets
+    out = preference_loss(*given, UniDPO(), schedule=schedule, **PADDED.options)
+    with pytest.raises(RuntimeError, match="create_graph=True.*backend='reference'"):
+        torch.autograd.grad(out.loss, hidden, create_graph=True)
+    if schedule != "pair_groups":
+        logps, stats = linear_logps(*given, schedule=schedule, stats=("entropy",))
+        for value in (logps, stats["entropy"]):
+            with pytest.raises(RuntimeError, match="create_graph"):
+                torch.autograd.grad(value.sum(), hidden, create_graph=True, retain_graph=True)
+    exact = preference_loss(*given, UniDPO(), backend="reference", **PADDED.options)
+    (grad,) = torch.autograd.grad(exact.loss, hidden, create_graph=True)
+    grad.square().sum().backward()
+    assert hidden.grad.abs().max() > 0
 
 
 def test_second_backward_says_what_to_do():

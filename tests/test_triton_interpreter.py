@@ -457,11 +457,11 @@ OBJECTIVES = {
     "normalized hinge": Hinge(beta=3.0, length_normalized=True),
     "normalized rdpo": RDPO(length_normalized=True, alpha=0.3),
     "normalized cpo": CPO(length_normalized=True, beta=1.0, nll_weight=0.3),
-    "balanced cpo": CPO(balance=Balance(per_token=False, clip=3.0)),
-    "balance of rewards": SimPO(balance=Balance(source="implicit_reward", clip=math.inf)),
+    "balanced cpo": CPO(balance=Balance(per_token=False, ceiling=3.0, floor=0.3)),
+    "balance of rewards": SimPO(balance=Balance(source="implicit_reward", ceiling=math.inf)),
     "uneven balance": RDPO(balance=Balance(chosen_exponent=0.9, rejected_exponent=-0.3)),
-    "no balance at all": IPO(balance=Balance(clip=1.0)),
-    "balanced odds": ORPO(odds_weight=2.0, balance=Balance(clip=1.5)),
+    "no balance at all": IPO(balance=Balance(ceiling=1.0, floor=1.0)),
+    "balanced odds": ORPO(odds_weight=2.0, balance=Balance(ceiling=1.5, rejected_exponent=1.0)),
     "sums": UniDPO(length_normalized=False, beta=0.1, nll_weight=0.2),
     "detached": UniDPO(detach_performance_weight=True, nll_weight=0.3, tau_good=5.0),
     "no quality": UniDPO(eta=0.0, nll_weight=0.0, gamma=0.7, balance=Balance()),
@@ -571,8 +571,10 @@ def test_pairs_of_every_objective(name, dtype, poison):
         truth = metrics[metric]
         assert (value[~counted] == 0).all()
         amplified = 2 * scale * (plain_metrics[metric].double() - truth).abs()
-        # No metric moves faster with ℓ than the balance, bounded by its clip.
-        moves = delta.max() * max(1.0, objective.reward_scale, of_formula.balance is not None and 4)
+        # No metric moves faster with ℓ than the balance: a' = α a, and no a here exceeds 60.
+        moves = delta.max() * max(
+            1.0, objective.reward_scale, of_formula.balance is not None and 60
+        )
         error = (value.double().sum() / counted.sum() - truth).abs()
         assert error <= amplified + moves + 4 * u * value.abs().max(), metric
 
@@ -653,43 +655,136 @@ def test_scaling_by_1_touches_nothing(monkeypatch):
 # --- operators ----------------------------------------------------------------------------------
 
 
-@interpreted
-def test_operators():
-    """Schemas, fake implementations and tracing of all of them."""
+def operator_arguments():
+    """Arguments of every operator, by its name; none is a constant, no two alike."""
     torch.manual_seed(4)
     hidden, weight, bias = torch.randn(9, 8), torch.randn(37, 8), torch.randn(37)
     targets, index = torch.randint(0, 37, (6,)), torch.randperm(9)[:6]
-    products, rows = torch.randn(6, 37), torch.randn(6)
-    state = kernels.new_state(products)
+    products, lse, coef = torch.randn(6, 37), torch.randn(6) + 4, torch.randn(6)
+    state = torch.randn(7, 6).abs()
     head = (bias, 0.7, 4.0, 1.3)
-    formula = UniDPO(balance=Balance()).formula()
-    pairs = [
-        torch.randn(6), torch.tensor([0, 2, 3, 4, 6]), torch.randn(2, 2), torch.randn(2, 2), None,
-        list(numbers_of(formula)), [int(flag) for flag in flags_of(formula).values()], 0, 2, 2,
-    ]  # fmt: skip
-    arguments = {
+    formula = UniDPO(balance=Balance(), nll_weight=0.5).formula()
+    return {
         "projection": (hidden, weight, targets, *head, " ".join(STATS), index, torch.float32),
         "row_statistics": (products, targets, *head, "entropy is_top1", 0, 37, state),
         "row_gradients_": (
-            products,
-            targets,
-            rows,
-            rows,
-            *head,
-            torch.float16,
-            0,
-            rows,
-            rows,
-            True,
+            products, targets, lse, coef, *head, torch.float32, 0, lse - 3, coef + 1, True,
         ),
-        "weigh_pairs": tuple(pairs),
-        "scale_": (products, torch.tensor(2.0)),
-        "scaled": (products, torch.tensor(2.0), torch.bfloat16),
-    }
-    names = [operator._name for operator in kernels.OPERATORS]
-    assert names == list(arguments)
+        "weigh_pairs": (
+            -torch.rand(6), torch.tensor([0, 2, 3, 4, 6]), torch.randn(2, 2), torch.randn(2, 2),
+            torch.rand(6), list(numbers_of(formula)),
+            [int(flag) for flag in flags_of(formula).values()], 0, 2, 2,
+        ),
+        "scale_": (products.clone(), torch.tensor(2.0)),
+        "scaled": (products.clone(), torch.tensor(2.0), torch.bfloat16),
+    }  # fmt: skip
+
+
+@interpreted
+def test_operators():
+    """Schemas, fake implementations and tracing of all of them."""
+    arguments = operator_arguments()
+    assert [operator._name for operator in kernels.OPERATORS] == list(arguments)
     for operator, of_operator in zip(kernels.OPERATORS, arguments.values(), strict=True):
         torch.library.opcheck(operator, of_operator)
+
+
+def between(tensor):
+    """The same values in every second place of each dimension, NaN (or no index) between."""
+    fill = math.nan if tensor.is_floating_point() else 10**6
+    around = torch.full([2 * n + 1 for n in tensor.shape], fill, dtype=tensor.dtype)
+    inside = around[tuple(slice(0, 2 * n, 2) for n in tensor.shape)]
+    return inside.copy_(tensor)
+
+
+LAYOUTS = {
+    "offset": embedded,
+    "strided": between,
+    "transposed": lambda tensor: tensor.t().contiguous().t(),
+    "expanded": lambda tensor: tensor[:1].expand_as(tensor) if tensor.dim() else tensor,
+    "expanded along rows": lambda tensor: tensor[..., :1].expand_as(tensor),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_operator_takes_every_layout_of_every_argument(layout):
+    """Autograd hands over gradients of stride 0; targets are `ids[::2]`; a head is transposed."""
+    checked = 0
+    for operator in kernels.OPERATORS:
+        name = operator._name
+        for place, argument in enumerate(operator_arguments()[name]):
+            if not isinstance(argument, torch.Tensor) or argument.dim() == 0:
+                continue
+            if name == "weigh_pairs" and place == 1 and "expanded" in layout:
+                continue  # offsets that do not increase describe no batch
+            laid_out = LAYOUTS[layout](argument)
+            results = []
+            for value in (laid_out.contiguous(), laid_out):
+                given = [*operator_arguments()[name]]
+                given[place] = value
+                mutated = place == 0 and name.endswith("_")
+                dense = value.is_contiguous() or (
+                    layout == "offset" and name != "scale_" and value.dim() == 2
+                )
+                if mutated and not dense:
+                    with pytest.raises(ValueError, match="written in place and must be dense"):
+                        operator(*given)
+                    continue
+                out = operator(*given)
+                results.append([given[0]] if name.endswith("_") else out)
+            if len(results) == 2:
+                for expected, found in zip(*map(list, results), strict=True):
+                    assert torch.equal(found.nan_to_num(), expected.nan_to_num()), (name, place)
+                    checked += 1
+    assert checked > 30
+
+
+@interpreted
+@pytest.mark.parametrize("schedule", ["frozen_head", "recompute"])
+def test_gradients_of_stride_zero(schedule):
+    """`.sum()` of log-probabilities and of entropies, of targets and a bias with strides."""
+    torch.manual_seed(6)
+    hidden, weight = torch.randn(9, 8), torch.randn(37, 8)
+    targets, bias = torch.randint(0, 37, (18,))[::2], torch.randn(74)[::2]
+    grads = []
+    for backend in ("triton", "reference"):
+        leaf = hidden.clone().requires_grad_()
+        of_weight = weight.clone().requires_grad_(schedule == "recompute")
+        how = {"schedule": schedule} if backend == "triton" else {}
+        for head_bias in (bias, torch.zeros(1).expand(37)):
+            logps, stats = linear_logps(
+                leaf, of_weight, targets, bias=head_bias, stats=("entropy",), backend=backend, **how
+            )
+            logps.sum().backward(retain_graph=True)
+            stats["entropy"].sum().backward()
+        grads.append([x.grad for x in (leaf, of_weight) if x.grad is not None])
+    for ours, truth in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("schedule", ["frozen_head", "pair_groups", "recompute"])
+@pytest.mark.parametrize("of_weight", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_hidden", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_are_promoted_as_torch_does(of_hidden, of_weight, schedule):
+    batch = make_batch(TINY, torch.bfloat16, "cpu")
+    found = []
+    promoted = torch.promote_types(of_hidden, of_weight)
+    for dtypes in ((of_hidden, of_weight), (promoted, promoted)):
+        hidden = batch.hidden.to(dtypes[0], copy=True).requires_grad_()
+        weight = batch.weight.to(dtypes[1], copy=True).requires_grad_(schedule != "frozen_head")
+        out = preference_loss(
+            hidden, weight, batch.targets, UniDPO(), schedule=schedule, backend="triton",
+            **batch.options,
+        )  # fmt: skip
+        out.loss.backward()
+        found.append((out.loss.detach(), hidden.grad))
+    (loss, grad), (expected, of_promoted) = found
+    assert torch.equal(loss, expected)
+    assert grad.dtype == of_hidden
+    eps = torch.finfo(of_hidden).eps
+    torch.testing.assert_close(grad.float(), of_promoted.float(), rtol=2 * eps, atol=1e-7)
 
 
 @interpreted

@@ -117,10 +117,10 @@ def test_every_objective_trains_and_evaluates(objective, lora, tiny_llama, pairs
         eval_pairs=pairs[:4],
         max_steps=6,
         objective=objective,
-        objective_args={"balance": {"clip": 4.0}},
+        objective_args={"balance": {"ceiling": 4.0}},
         peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
     )
-    assert trainer.objective.balance == Balance(clip=4.0)
+    assert trainer.objective.balance == Balance(ceiling=4.0)
     before = trainer.evaluate()
     logs, _ = trained(trainer)
     after = trainer.evaluate()
@@ -203,11 +203,11 @@ def test_configuration_names_the_objective(tmp_path):
     config = PreferenceConfig(
         str(tmp_path),
         objective="Uni-DPO",
-        objective_args='{"eta": 0.5, "balance": {"clip": 3}}',
+        objective_args='{"eta": 0.5, "balance": {"ceiling": 3}}',
         beta=1.5,
         **CPU,
     )
-    assert config.make_objective() == UniDPO(beta=1.5, eta=0.5, balance=Balance(clip=3))
+    assert config.make_objective() == UniDPO(beta=1.5, eta=0.5, balance=Balance(ceiling=3))
     again = PreferenceConfig(**{"output_dir": str(tmp_path), "objective": "orpo", **CPU})
     assert again.beta == 0.1  # what the logged rewards are scaled by
     json.dumps(config.to_dict())

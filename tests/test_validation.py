@@ -46,6 +46,7 @@ def with_target(value):
     return targets
 
 
+NESTED = torch.nested.nested_tensor([torch.zeros(3, H)], layout=torch.jagged)
 CASES = {
     "odd": (good(hidden=torch.randn(3, T, H), targets=torch.zeros(3, T).long()), "3 sequences"),
     "no sequence": (
@@ -59,17 +60,35 @@ CASES = {
     "targets int32": (good(targets=with_target(0).int()), "targets must be int64, got torch.int32"),
     "targets shape": (good(targets=torch.zeros(4, 4).long()), r"targets.*\(4, 5\).*\(4, 4\)"),
     "targets a list": (good(targets=[[1]]), "targets must be a tensor, got list"),
-    "hidden int": (good(hidden=torch.zeros(4, T, H).long()), "hidden must be floating point"),
+    "hidden int": (
+        good(hidden=torch.zeros(4, T, H).long()),
+        "hidden must be one of .*float32.*int64",
+    ),
+    "hidden float8": (good(hidden=torch.zeros(4, T, H).to(torch.float8_e4m3fn)), "hidden.*float8"),
+    "hidden sparse": (good(hidden=torch.zeros(4, T, H).to_sparse()), "hidden must be a dense"),
+    "weight int": (good(weight=torch.zeros(V, H).long()), "weight must be one of .*int64"),
+    "weight bool": (good(weight=torch.zeros(V, H).bool()), "weight must be one of"),
+    "weight complex": (good(weight=torch.zeros(V, H).cfloat()), "weight must be one of"),
+    "weight sparse": (good(weight=torch.zeros(V, H).to_sparse()), "weight must be a dense"),
+    "weight nested": (good(weight=NESTED), "weight must be a dense tensor, got a nested"),
+    "no vocabulary": (
+        good(weight=torch.zeros(0, H)),
+        r"weight must be \(V, H\) with V ≥ 1.*\(0, 6\)",
+    ),
+    "bias int": (good(bias=torch.zeros(V).long()), "bias must be one of"),
+    "targets sparse": (
+        good(targets=torch.zeros(4, T).long().to_sparse()),
+        "targets must be a dense",
+    ),
+    "hidden 1d": (good(hidden=torch.zeros(H)), "hidden must be .…, H."),
     "hidden 2d": (
         good(hidden=torch.randn(20, H), targets=torch.zeros(20).long()),
         "hidden must be .*cu_seqlens",
     ),
-    "hidden bf16": (good(hidden=torch.randn(4, T, H).bfloat16()), "hidden and weight.*one dtype"),
     "hidden device": (good(hidden=torch.randn(4, T, H, device="meta")), "weight must be on hidden"),
     "weight H": (good(weight=torch.randn(V, 7)), r"H = 6 but weight is \(11, 7\)"),
     "weight 1d": (good(weight=torch.randn(H)), "weight must be .V, H."),
     "bias shape": (good(bias=torch.randn(V + 1)), r"bias must be \(11,\)"),
-    "bias dtype": (good(bias=torch.randn(V).double()), "bias must have weight's dtype"),
     "cu start": (packed([1, 5, 10, 15, 20]), "cu_seqlens must start at 0"),
     "cu end": (packed([0, 5, 10, 15, 19]), "cu_seqlens must end at the total of 20"),
     "cu decreases": (packed([0, 10, 5, 15, 20]), "cu_seqlens must increase"),
@@ -100,22 +119,42 @@ CASES = {
     "backend": (good(backend="cuda"), "unknown backend 'cuda'; expected one of.*triton"),
     "reduction": (good(reduction="max"), "unknown reduction 'max'"),
     "stats": (good(stats=("perplexity",)), "unknown entry 'perplexity' of stats"),
-    "budget 0": (good(logits_budget=0), "logits_budget must be a positive"),
+    "stats that have no mean": (
+        good(stats=("log_sum_sq_probs",)),
+        "unknown entry 'log_sum_sq_probs'",
+    ),
+    "complex token weights": (
+        good(token_weights=torch.ones(4, T).cfloat()),
+        "token_weights must be",
+    ),
+    "budget 0": (good(logits_budget=0), "logits_budget must be an integer and above 0, got 0"),
+    "budget nan": (good(logits_budget=math.nan), "logits_budget must be an integer, got nan"),
+    "budget inf": (good(logits_budget=math.inf), "logits_budget must be an integer, got inf"),
     "budget": (good(logits_budget=43), "43 bytes does not hold one row.*11 × 4 = 44 bytes"),
-    "softcap": (good(softcap=0.0), "softcap must be positive"),
-    "temperature": (good(temperature=0.0), "temperature must be positive"),
+    "a scale that trains": (
+        good(logit_scale=torch.tensor(2.0, requires_grad=True)),
+        "logit_scale gets no gradient: give hidden . logit_scale",
+    ),
 }
+for name, low in (("logit_scale", -math.inf), ("softcap", 0.0), ("temperature", 0.0)):
+    for bad in (math.nan, math.inf, low):
+        CASES[f"{name} {bad}"] = (good(**{name: bad}), f"{name} must be finite.*, got {bad}")
+    CASES[f"{name} a string"] = (good(**{name: "1.0"}), f"{name} must be a number, got '1.0'")
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input(case):
+def test_bad_input(case, autocast):
     arguments, message = CASES[case]
-    before = {k: v.clone() for k, v in arguments.items() if isinstance(v, torch.Tensor)}
-    with pytest.raises((ValueError, TypeError), match=message):
+    dense = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor)}
+    dense = {k: v for k, v in dense.items() if not (v.is_nested or v.is_sparse or v.is_complex())}
+    before = {k: v.clone() for k, v in dense.items()}
+    expected = pytest.raises((ValueError, TypeError), match=message)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast), expected:
         preference_loss(**arguments)
     for name, tensor in before.items():
         if tensor.device.type == "cpu":
-            assert torch.equal(arguments[name].nan_to_num(), tensor.nan_to_num())
+            assert torch.equal(arguments[name].float().nan_to_num(), tensor.float().nan_to_num())
         assert arguments[name].grad is None
 
 
@@ -170,5 +209,5 @@ def test_values_on_an_accelerator_are_asserted_without_waiting(monkeypatch):
             raise AssertionError("the check waited for the device")
 
     monkeypatch.setattr(torch, "_assert_async", lambda ok, message: asserted.append(message))
-    validation._require(OnDevice(), "scores must be finite", torch.zeros(1))
+    validation.require(OnDevice(), "scores must be finite", torch.zeros(1))
     assert asserted == ["scores must be finite"]

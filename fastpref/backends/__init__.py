@@ -23,8 +23,9 @@ TOKEN_STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 class Head:
     """The LM head: `z = cap·tanh(scale·(W h + b) / cap) / temperature`.
 
-    `compute_dtype` is what the operands of matrix products are rounded to: the inputs' dtype, or
-    autocast's. Accumulation and everything after it is in `accumulate_dtype`.
+    `compute_dtype` is what the operands of matrix products are rounded to: autocast's dtype, or
+    what torch promotes hidden's and weight's to. Accumulation and everything after it is in
+    `accumulate_dtype`.
     """
 
     weight: Tensor  # (V, H)
@@ -47,6 +48,15 @@ class Head:
             "softcap": self.softcap,
             "temperature": self.temperature,
         }
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """As torch would: autocast's dtype, which leaves float64 alone, or the promotion of both."""
+    dtype, device_type = torch.promote_types(hidden.dtype, weight.dtype), hidden.device.type
+    available = torch.amp.is_autocast_available(device_type)
+    if dtype != torch.float64 and available and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return dtype
 
 
 def accumulate_dtype(compute_dtype: torch.dtype) -> torch.dtype:

@@ -108,16 +108,25 @@ def sliced_gradients(
 
 def add_target_rows(
     grad: Tensor,  # (n, H) −Σ over the other columns of p ∂z/∂h, in and out
+    operand: Tensor,  # (n, H)
     rows: RowStats,
     targets: Tensor,  # (n,)
     head: Head,
 ) -> None:
     """Completes ∂ℓ/∂h by the target's part, (1 − p) ∂z/∂h, of which nothing is rounded."""
     share = -torch.expm1(rows.logps) * (head.logit_scale / head.temperature)
-    if head.softcap is not None:
-        capped = (rows.logps + rows.lse) * (head.temperature / head.softcap)
-        share *= (1 - capped) * (1 + capped)
     for start in range(0, len(targets), _TARGET_ROWS):
         part = slice(start, start + _TARGET_ROWS)
-        of_targets = head.weight[targets[part]].to(head.compute_dtype)
-        grad[part].addcmul_(of_targets.to(grad.dtype), share[part, None])
+        of_targets = head.weight[targets[part]].to(head.compute_dtype).to(grad.dtype)
+        of_rows = share[part]
+        if head.softcap is not None:
+            of_rows = of_rows * _target_slopes(of_targets, operand[part], targets[part], head)
+        grad[part].addcmul_(of_targets, of_rows[:, None])
+
+
+def _target_slopes(of_targets: Tensor, operand: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """1 − tanh² of the targets' logits `(n,)`, from the products: a small cap drowns in the lse."""
+    z = torch.linalg.vecdot(of_targets, operand.to(of_targets.dtype))
+    if head.bias is not None:
+        z = z + head.bias[targets].to(z.dtype)
+    return torch.cosh(z * (head.logit_scale / head.softcap)).square().reciprocal()

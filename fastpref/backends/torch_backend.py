@@ -27,6 +27,8 @@ weigh_pairs = scaled = None
 
 # Elements of a block of logits that elementwise passes work on: 2 MiB of float32 stay in L2.
 _BLOCK_ELEMENTS = 2**19
+# Its exponential is 0 in float64 too, and its products with coefficients stay finite.
+_LOG_OF_ZERO = -1e4
 
 
 def forward(
@@ -156,7 +158,7 @@ def forward_with_gradients(
         add_product(grad, z.to(dtype), weight)
     grad.mul_(-_slope(head) / fold.total)
     rows = fold.finish(len(head.weight))
-    add_target_rows(grad, rows, targets, head)
+    add_target_rows(grad, operand, rows, targets, head)
     return rows, grad
 
 
@@ -177,7 +179,8 @@ def recompute_backward(
         _project(operand, weight, head, first, first + len(weight), out=z)
         slope = _softcap_(z, head) if head.softcap is not None else None
         z.sub_(lse[block, None])
-        if entropy is not None:  # ∂H/∂z = −p (log p + H)
+        if entropy is not None:  # ∂H/∂z = −p (log p + H); of log p = −inf, p log p is 0
+            z.clamp_(min=_LOG_OF_ZERO)
             of_row, its_coef = entropy[0][block, None], _slope(head) * entropy[1][block, None]
             spread = (z + of_row).mul_(its_coef).add_(factor[block])
             z.exp_().mul_(spread).neg_()

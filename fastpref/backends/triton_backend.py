@@ -102,7 +102,7 @@ def forward_with_gradients(
             products, targets, lse, ones, of_columns, dtype, first, at_target=False
         )
         add_product(grad, grad_logits, weight)
-    add_target_rows(grad, rows, targets, head)
+    add_target_rows(grad, operand, rows, targets, head)
     return rows, grad
 
 

@@ -114,7 +114,7 @@ def train_command(
         "tau_good": tau_good,
         "odds_weight": odds_weight,
         "length_normalized": length_normalized,
-        "balance": balance if balance_clip is None else {"clip": balance_clip},
+        "balance": balance if balance_clip is None else {"ceiling": balance_clip},
     }
     settings = TrainSettings(
         model=model,

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fastpref import reference
-from fastpref.backends import accumulate_dtype
+from fastpref.backends import accumulate_dtype, compute_dtype
 from fastpref.backends.products import multiplies_half
 from fastpref.loss import PreferenceOutput, preference_loss
 from fastpref.objectives import (
@@ -39,6 +39,7 @@ from fastpref.objectives import (
 )
 
 LOGIT_DEVIATION = 6.0
+_SCALARS = ("softcap", "logit_scale", "temperature")
 _SYMBOLS = {"hidden": "∂h", "weight": "∂W", "bias": "∂b"}
 
 
@@ -152,10 +153,22 @@ def verify(
     With "frozen_head" the head requires no gradient.
     """
     batch = make_batch(shape, dtype, device)
+    return verify_batch(objective, batch, shape.rows, backend, schedules)
+
+
+def verify_batch(
+    objective: Objective,
+    batch: Batch,
+    rows: int,
+    backend: str = "auto",
+    schedules: tuple[str, ...] = ("frozen_head", "pair_groups", "recompute"),
+) -> dict[str, list[Result]]:
+    """The same for a batch, with a budget of so many rows of logits."""
+    dtype = compute_dtype(batch.hidden, batch.weight)
     truth = _run(_cast(batch, torch.float64), objective, backend="reference")
     plain = _run(_cast(batch, torch.float32), objective, backend="reference")
-    budget = shape.rows * shape.vocabulary * accumulate_dtype(dtype).itemsize
-    allowed = _allowed(batch, objective, shape, plain, truth, dtype)
+    allowed = _allowed(batch, objective, plain, truth, dtype)
+    budget = rows * len(batch.weight) * accumulate_dtype(dtype).itemsize
     found = {}
     for schedule in schedules:
         how = {"backend": backend, "schedule": schedule, "logits_budget": budget}
@@ -180,7 +193,6 @@ class _Run:
 def _allowed(
     batch: Batch,
     objective: Objective,
-    shape: Shape,
     plain: _Run,
     truth: _Run,
     dtype: torch.dtype,
@@ -195,7 +207,8 @@ def _allowed(
         for name, value in truth.values.items()
     }
     wide = _cast(batch, torch.float64)
-    z = reference.logits(wide.hidden.flatten(0, -2), wide.weight, bias=wide.bias, **shape.scalars)
+    scalars = {name: batch.options[name] for name in _SCALARS if name in batch.options}
+    z = reference.logits(wide.hidden.flatten(0, -2), wide.weight, bias=wide.bias, **scalars)
     of_logit = u * (1 + z.abs().max().item())
 
     logps = truth.output.logps.detach()
@@ -207,19 +220,20 @@ def _allowed(
         moved = logps.clone()
         moved[sequence] += delta
         moved_losses, moved_coefs = _weigh(objective, batch, truth, moved)
-        of_losses += (moved_losses - losses).abs().max().item()
-        of_coefs += (moved_coefs - coefs).abs().max().item()
-    of_losses += 2 * u * losses.abs().max().item()
-    of_coefs /= coefs.abs().max().clamp(min=torch.finfo(torch.float64).tiny).item()
+        of_losses += _largest(moved_losses - losses)
+        of_coefs += _largest(moved_coefs - coefs)
+    of_losses += 2 * u * _largest(losses)
+    of_coefs /= max(_largest(coefs), torch.finfo(torch.float64).tiny)
 
     allowed = {"ℓ": delta, "L": amplified["L"] + of_losses}
-    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    leaves = {"∂h": batch.hidden, "∂W": batch.weight, "∂b": batch.bias}
     for name in truth.values.keys() - allowed.keys():
         largest = truth.values[name].abs().max().item()
-        rounding = max(_unit(dtype) * largest, smallest / 2)
+        result = torch.finfo(leaves[name].dtype)
+        rounding = max(result.eps / 2 * largest, result.smallest_normal * result.eps / 2)
         allowed[name] = amplified[name] + (of_logit + of_coefs) * largest + rounding
     if dtype.itemsize == 2 and multiplies_half(batch.hidden.device.type):
-        for name, error in rounded_operand_errors(wide, coefs, shape.scalars, dtype).items():
+        for name, error in rounded_operand_errors(wide, coefs, scalars, dtype).items():
             if name in allowed:
                 allowed[name] += error
     return allowed
@@ -265,12 +279,14 @@ def logits_gradient(
 def _weigh(objective: Objective, batch: Batch, truth: _Run, logps: Tensor) -> tuple[Tensor, Tensor]:
     """Losses and ∂ΣL/∂ℓ at given log-probabilities, by the reference's formulas."""
     leaf = logps.view(2, -1).detach().requires_grad_()
+    lengths = truth.output.lengths.view(2, -1)
+    counted = (lengths > 0).all(0)
 
     def of(values: Tensor) -> Tensor:
-        return values.to(leaf.dtype).view(2, -1)
+        return values.to(leaf.dtype).view(2, -1)[:, counted]
 
-    lengths, ref_logps = of(truth.output.lengths), of(batch.options["ref_logps"])
-    pairs = PairLogps(*leaf, *lengths, *ref_logps, *of(batch.options["scores"]))
+    inputs = lengths, batch.options["ref_logps"], batch.options["scores"]
+    pairs = PairLogps(*leaf[:, counted], *(x for values in inputs for x in of(values)))
     losses = reference.pair_losses(objective, pairs)
     (coefs,) = torch.autograd.grad(losses.sum(), leaf)
     return losses.detach(), coefs
@@ -278,11 +294,11 @@ def _weigh(objective: Objective, batch: Batch, truth: _Run, logps: Tensor) -> tu
 
 def _run(batch: Batch, objective: Objective, frozen: bool = False, **how: object) -> _Run:
     leaves = {
-        "hidden": batch.hidden.detach().clone().requires_grad_(),
-        "weight": batch.weight.detach().clone().requires_grad_(not frozen),
+        "hidden": batch.hidden.detach().requires_grad_(),
+        "weight": batch.weight.detach().requires_grad_(not frozen),
     }
     if batch.bias is not None:
-        leaves["bias"] = batch.bias.detach().clone().requires_grad_(not frozen)
+        leaves["bias"] = batch.bias.detach().requires_grad_(not frozen)
     output = preference_loss(
         targets=batch.targets, objective=objective, **leaves, **batch.options, **how
     )
@@ -299,7 +315,7 @@ def _cast(batch: Batch, dtype: torch.dtype) -> Batch:
 
 
 def _of_head(batch: Batch) -> dict[str, object]:
-    names = ("cu_seqlens", "token_weights", "softcap", "logit_scale", "temperature")
+    names = ("cu_seqlens", "token_weights", *_SCALARS)
     return {n: batch.options[n] for n in names if n in batch.options} | {"bias": batch.bias}
 
 
@@ -309,12 +325,17 @@ def _unit(dtype: torch.dtype) -> float:
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
-    return (found.double() - expected.double()).abs().max().item()
+    return _largest(found.double() - expected.double())
+
+
+def _largest(values: Tensor) -> float:
+    return values.abs().max().item() if values.numel() else 0.0
 
 
 def objectives_to_verify() -> dict[str, Objective]:
     """Every built-in objective, and each under a balance that is not its default."""
     found = {name: make_objective(name) for name in objective_names()}
+    balance = Balance(chosen_exponent=0.5, rejected_exponent=0.5, ceiling=4.0, floor=0.25)
     for name in ("simpo", "orpo", "unidpo"):
-        found[f"{name}+balance"] = make_objective(name, balance=Balance(clip=4.0))
+        found[f"{name}+balance"] = make_objective(name, balance=balance)
     return found

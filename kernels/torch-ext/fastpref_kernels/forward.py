@@ -265,7 +265,7 @@ def _left_operand(
     """
     if index is None:
         return hidden[part].to(dtype), None
-    if descriptors or hidden.dtype != dtype or hidden.stride(-1) != 1:
+    if descriptors or hidden.dtype != dtype:
         return hidden.index_select(0, index[part]).to(dtype), None
     return hidden, index[part]
 
@@ -292,7 +292,6 @@ def _project(
     config: ProjectionConfig,
     stats: list[str],
 ) -> None:
-    hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
     rows, columns = len(targets), len(weight)
     strides = hidden.stride(0), weight.stride(0)
     _, tiles, _ = partials.shape
@@ -334,9 +333,10 @@ def _project(
 
 def _describable(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether the copy engine takes its rows: they begin at multiples of 16 bytes."""
-    if tensor.dtype != dtype or tensor.stride(-1) != 1:  # it will be copied
+    if tensor.dtype != dtype:  # it will be copied
         return tensor.shape[1] * dtype.itemsize % 16 == 0
-    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * dtype.itemsize % 16 == 0
+    apart = tensor.stride(0) >= tensor.shape[1]  # which of a single row says nothing
+    return apart and tensor.data_ptr() % 16 == 0 and tensor.stride(0) * dtype.itemsize % 16 == 0
 
 
 def _processors(device: torch.device) -> int:

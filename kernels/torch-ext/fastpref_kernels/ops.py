@@ -4,6 +4,11 @@ The functions below are what this package offers. Each packs its arguments into 
 schema can hold and calls the operator, whose implementation is the launcher of the same name.
 """
 
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
@@ -14,6 +19,46 @@ from .pairs import Formula
 
 # Its own for each copy of this package that a process has loaded.
 _NAMESPACE = __package__.replace(".", "_").replace("-", "_")
+
+
+# --- what holds of every operator ---------------------------------------------------------------
+
+
+def _operator(name: str, *, matrices: Sequence[str] = (), mutates: str | None = None) -> Any:
+    """A launcher as an operator: on its tensors' device, each tensor laid out as kernels read it.
+
+    Kernels walk along tensors with a stride of 1. `matrices` may have rows that lie apart; every
+    other tensor is dense. What is laid out otherwise is copied, but not what is written to.
+    """
+
+    def decorate(launch: Callable[..., Any]) -> Any:
+        parameters = [*inspect.signature(launch).parameters]
+
+        @functools.wraps(launch)
+        def on_device(*args: Any) -> Any:
+            arguments = dict(zip(parameters, args, strict=True))
+            for argument, value in arguments.items():
+                if isinstance(value, Tensor):
+                    arguments[argument] = _laid_out(value, rows_apart=argument in matrices)
+                    if argument == mutates and arguments[argument] is not value:
+                        raise ValueError(
+                            f"{argument} is written in place and must be dense, got strides "
+                            f"{value.stride()} of shape {tuple(value.shape)}"
+                        )
+            with device_of(args[0]):
+                return launch(**arguments)
+
+        return custom_op(f"{_NAMESPACE}::{name}", on_device, mutates_args=[mutates] * bool(mutates))
+
+    return decorate
+
+
+def _laid_out(tensor: Tensor, *, rows_apart: bool) -> Tensor:
+    """The tensor itself, or a dense copy."""
+    if tensor.is_contiguous() or not (rows_apart and tensor.dim() == 2):
+        return tensor.contiguous()
+    of_row, of_column = tensor.stride()
+    return tensor if of_column == 1 and of_row >= tensor.shape[1] else tensor.contiguous()
 
 
 # --- projection to log-probability --------------------------------------------------------------
@@ -38,7 +83,7 @@ def projection_statistics(
     return logps, lse, dict(zip(stats, extra, strict=True))
 
 
-@custom_op(f"{_NAMESPACE}::projection", mutates_args=())
+@_operator("projection", matrices=("hidden", "weight"))
 def projection_op(
     hidden: Tensor,
     weight: Tensor,
@@ -52,10 +97,9 @@ def projection_op(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     epilogue = Epilogue(bias, logit_scale, softcap, temperature)
-    with device_of(hidden):
-        found = forward.projection_statistics(
-            hidden, weight, targets, epilogue, stats.split(), index, dtype
-        )
+    found = forward.projection_statistics(
+        hidden, weight, targets, epilogue, stats.split(), index, dtype
+    )
     return _flat(found)
 
 
@@ -99,7 +143,7 @@ def slice_statistics(
     return (logps, lse, dict(zip(stats, extra, strict=True))), state
 
 
-@custom_op(f"{_NAMESPACE}::row_statistics", mutates_args=())
+@_operator("row_statistics", matrices=("products",))
 def row_statistics_op(
     products: Tensor,
     targets: Tensor,
@@ -114,10 +158,9 @@ def row_statistics_op(
 ) -> list[Tensor]:
     epilogue = Epilogue(bias, logit_scale, softcap, temperature)
     state = [] if state is None else [state.clone()]
-    with device_of(products):
-        found = rows.row_statistics(
-            products, targets, epilogue, stats.split(), first, vocabulary, *state
-        )
+    found = rows.row_statistics(
+        products, targets, epilogue, stats.split(), first, vocabulary, *state
+    )
     return _flat(found) + state
 
 
@@ -160,7 +203,7 @@ def row_gradients_(
     return rows.narrowed(products, dtype)
 
 
-@custom_op(f"{_NAMESPACE}::row_gradients_", mutates_args={"products"})
+@_operator("row_gradients_", matrices=("products",), mutates="products")
 def row_gradients_op(
     products: Tensor,
     targets: Tensor,
@@ -178,10 +221,7 @@ def row_gradients_op(
 ) -> None:
     epilogue = Epilogue(bias, logit_scale, softcap, temperature)
     entropy = None if entropies is None else (entropies, entropy_coefs)
-    with device_of(products):
-        rows.row_gradients_(
-            products, targets, lse, coef, epilogue, dtype, first, entropy, at_target
-        )
+    rows.row_gradients_(products, targets, lse, coef, epilogue, dtype, first, entropy, at_target)
 
 
 @row_gradients_op.register_fake
@@ -227,7 +267,7 @@ def weigh_pairs(
     )
 
 
-@custom_op(f"{_NAMESPACE}::weigh_pairs", mutates_args=())
+@_operator("weigh_pairs")
 def weigh_pairs_op(
     logps: Tensor,
     offsets: Tensor,
@@ -240,10 +280,9 @@ def weigh_pairs_op(
     last: int,
     divisor: int,
 ) -> list[Tensor]:
-    with device_of(logps):
-        found = pairs.weigh_pairs(
-            logps, offsets, ref_logps, scores, token_weights, numbers, flags, first, last, divisor
-        )
+    found = pairs.weigh_pairs(
+        logps, offsets, ref_logps, scores, token_weights, numbers, flags, first, last, divisor
+    )
     return list(found)
 
 
@@ -257,7 +296,7 @@ def _(logps, offsets, ref_logps, scores, token_weights, numbers, flags, first, l
 
 
 def scaled(
-    grad: Tensor,  # contiguous, fp32 or fp64, consumed
+    grad: Tensor,  # dense, fp32 or fp64, consumed
     upstream: Tensor,  # ()
     dtype: torch.dtype,
 ) -> Tensor:
@@ -268,10 +307,9 @@ def scaled(
     return grad
 
 
-@custom_op(f"{_NAMESPACE}::scale_", mutates_args={"grad"})
+@_operator("scale_", mutates="grad")
 def scale_op(grad: Tensor, upstream: Tensor) -> None:
-    with device_of(grad):
-        scale.scale_into(grad, grad, upstream)
+    scale.scale_into(grad, grad, upstream)
 
 
 @scale_op.register_fake
@@ -279,17 +317,16 @@ def _(grad, upstream):
     return None
 
 
-@custom_op(f"{_NAMESPACE}::scaled", mutates_args=())
+@_operator("scaled")
 def scaled_op(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty_like(grad, dtype=dtype)
-    with device_of(grad):
-        scale.scale_into(out, grad, upstream)
+    scale.scale_into(out, grad, upstream)
     return out
 
 
 @scaled_op.register_fake
 def _(grad, upstream, dtype):
-    return torch.empty_like(grad, dtype=dtype)
+    return torch.empty(grad.shape, dtype=dtype, device=grad.device)
 
 
 OPERATORS = (

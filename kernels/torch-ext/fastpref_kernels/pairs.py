@@ -11,7 +11,8 @@ as compile-time flags:
     q   = σ(η (s_w − s_l))                              quality of the pair
     w   = (1 − σ(u))^γ, u = scale (ℓ_w − ℓ_l) − τ       how little of it has been learned
     c   = λ, or λ where r_w > ℓ_w and s_w ≥ s_least     NLL of the chosen response
-    a_y = clip(e^(±α_y δ), 1/κ, κ), δ = b_w − b_l       the balance, a constant to the gradient
+    a_y = clip(e^(±α_y δ), floor, C), δ = b_w − b_l     the balance, a constant to the gradient;
+                                                        1 where α_y = 0
 
 Both coefficients follow by the chain rule, written out below.
 """
@@ -61,7 +62,7 @@ class Formula(Protocol):
     quality: float | None
     focus: tuple[float, float] | None  # γ, τ
     focus_detached: bool
-    balance: Any  # None, or what has source, chosen_exponent, rejected_exponent, clip, per_token
+    balance: Any  # None, or what has the fields of `fastpref.objectives.Balance`
     reward_scale: float
 
 
@@ -86,6 +87,16 @@ def _sigmoid(x):
 @triton.jit
 def _log1m_exp(x):
     return tl.log(1.0 - tl.exp(tl.minimum(x, _LOG_ODDS_MAX)))
+
+
+@triton.jit
+def _balance_coefficient(alpha, delta, floor, ceiling):
+    """clip(e^(α δ), floor, ceiling), 1 where α = 0, and whether it was clipped."""
+    power = alpha * delta
+    found = tl.exp(tl.where(power > tl.log(ceiling), tl.log(ceiling), power))  # keeps NaN
+    found = tl.where(found < floor, floor, tl.where(found > ceiling, ceiling, found))
+    beyond = (power > tl.log(ceiling)) | (tl.exp(power) < floor)
+    return tl.where(alpha == 0, 1.0, found), beyond & (alpha != 0)
 
 
 @triton.jit
@@ -122,7 +133,7 @@ def pair_weighting_kernel(
     offsets_ptr,  # (2·total_pairs + 1,) where each response starts among all tokens
     ref_logps_ptr,  # (2, total_pairs)
     scores_ptr,  # (2, total_pairs)
-    numbers_ptr,  # (14,) float64
+    numbers_ptr,  # (15,) float64
     sums_ptr,  # (2·pairs,) out
     losses_ptr,  # (pairs,) out
     coef_ptr,  # (n,) out
@@ -195,12 +206,11 @@ def pair_weighting_kernel(
         if LOG_ODDS:
             b_w, b_l = b_w + _log1m_exp(b_w), b_l + _log1m_exp(b_l)
         delta = b_w - b_l
-        power_w, power_l = tl.load(numbers_ptr + 10), tl.load(numbers_ptr + 11)
-        clip = tl.load(numbers_ptr + 12)
-        a_w = tl.minimum(tl.maximum(tl.exp(power_w * delta), 1.0 / clip), clip)
-        a_l = tl.minimum(tl.maximum(tl.exp(-power_l * delta), 1.0 / clip), clip)
-        largest = tl.maximum(tl.abs(power_w), tl.abs(power_l)) * tl.abs(delta)
-        clipped = (largest > tl.log(clip)).to(tl.float64)
+        alpha_w, alpha_l = tl.load(numbers_ptr + 10), tl.load(numbers_ptr + 11)
+        floor, ceiling = tl.load(numbers_ptr + 12), tl.load(numbers_ptr + 13)
+        a_w, clipped_w = _balance_coefficient(alpha_w, delta, floor, ceiling)
+        a_l, clipped_l = _balance_coefficient(alpha_l, -delta, floor, ceiling)
+        clipped = (clipped_w | clipped_l).to(tl.float64)
 
     # The link and its derivative in m.
     scale = tl.load(numbers_ptr)
@@ -252,8 +262,10 @@ def pair_weighting_kernel(
     _spread(coef_ptr, weights_ptr, coef_w / divisor, start, middle, HAS_WEIGHTS, BLOCK)
     _spread(coef_ptr, weights_ptr, coef_l / divisor, middle, stop, HAS_WEIGHTS, BLOCK)
 
-    reward_scale = tl.load(numbers_ptr + 13)
-    reward_w, reward_l = reward_scale * (l_w - ref_w), reward_scale * (l_l - ref_l)
+    reward_scale = tl.load(numbers_ptr + 14)
+    reward_w, reward_l = reward_scale * policy_w, reward_scale * policy_l
+    if USES_REFERENCE:
+        reward_w, reward_l = reward_scale * ratio_w, reward_scale * ratio_l
     accurate = (reward_w > reward_l).to(tl.float64)
     out_ptr = metrics_ptr + pair
     tl.store(out_ptr, tl.where(counts, reward_w, 0.0))
@@ -294,8 +306,8 @@ def weigh_pairs(
             logps,
             logps if token_weights is None else token_weights,
             offsets,
-            logps if ref_logps is None else ref_logps.contiguous(),
-            logps if scores is None else scores.contiguous(),
+            logps if ref_logps is None else ref_logps,
+            logps if scores is None else scores,
             _numbers(tuple(numbers), logps.device),
             sums,
             losses,
@@ -331,9 +343,14 @@ def numbers_of(formula: Formula) -> tuple[float, ...]:
         gamma,
         tau,
         *(
-            (0.0, 0.0, 1.0)
+            (0.0, 0.0, 0.0, 1.0)
             if balance is None
-            else (balance.chosen_exponent, balance.rejected_exponent, balance.clip)
+            else (
+                balance.chosen_exponent,
+                balance.rejected_exponent,
+                balance.floor,
+                balance.ceiling,
+            )
         ),
         formula.reward_scale,
     )
