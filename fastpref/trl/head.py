@@ -46,7 +46,8 @@ def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
     model's own.
 
     The scalars come from `head_scalars` and are compared, once, with what the model's own forward
-    makes of two tokens. Where a vision model leaves out those of its text config, so do we.
+    makes of two tokens, at the cost of two such forwards. Where a vision model leaves out those of
+    its text config, so do we.
 
     Raises:
         ValueError: the model's logits are not its last hidden state times its head, scaled and

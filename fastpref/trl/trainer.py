@@ -60,7 +60,8 @@ class PreferenceTrainer(DPOTrainer):
 
     Logs every metric of TRL and those of the objective: in training means of the steps since the
     last log, as TRL; in evaluation, loss included, means over all pairs or tokens of the data set,
-    each counted once, however uneven the batches and the processes' shares.
+    each counted once, however uneven the batches and the processes' shares. (Of a stream on several
+    processes nobody knows the length, and what accelerate repeats to fill its last batch counts.)
 
     Args:
         objective: an `Objective` of your own, in place of the one the configuration names.
@@ -146,8 +147,11 @@ class PreferenceTrainer(DPOTrainer):
 
         if not isinstance(dataset, Dataset):
             return dataset.map(check, with_indices=True)
-        rows = enumerate(dataset.select_columns(list(SCORE_COLUMNS)).with_format(None))
-        if wrong := [f"row {i} has {bad}" for i, row in rows if (bad := _bad_scores(row))]:
+        scores = dataset.select_columns(list(SCORE_COLUMNS)).with_format(None)[:]
+        rows = (dict(zip(scores, row, strict=True)) for row in zip(*scores.values(), strict=True))
+        if wrong := [
+            f"row {i} has {bad}" for i, row in enumerate(rows) if (bad := _bad_scores(row))
+        ]:
             raise _score_error(objective, name, wrong)
         return dataset
 
