@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+pytest.register_assert_rewrite("trl_runs")
+
 torch.set_num_threads(2)
 
 WORDS = "the a sun moon sea ship sails over under big small red blue cold warm and is was why how"

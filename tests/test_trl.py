@@ -1,102 +1,28 @@
 """`PreferenceTrainer` and `use_fastpref_logps` beside plain TRL."""
 
+import copy
+import dataclasses
 import json
 
 import pytest
 import torch
 import trl
-from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
     MixtralConfig,
     MixtralForCausalLM,
 )
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
+from trl_runs import CPU, OURS, STOCK, TINY, compare_runs, make_trainer, save_model, trained
 
-import fastpref.trl as fastpref_trl
 from fastpref import Balance, Objective, UniDPO, sequence_logps, shift_targets
 from fastpref.trl import PreferenceConfig, PreferenceTrainer, head_scalars, use_fastpref_logps
-
-OURS, STOCK = (PreferenceTrainer, PreferenceConfig), (DPOTrainer, DPOConfig)
-DEFAULTS = {
-    "max_steps": 2,
-    "per_device_train_batch_size": 2,
-    "logging_steps": 1,
-    "seed": 3,
-    "learning_rate": 1e-2,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "save_strategy": "no",
-    "report_to": [],
-    "disable_tqdm": True,
-}
-TINY = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
-CPU = {"use_cpu": True, "report_to": []}
-
-
-def make_trainer(
-    kind, directory, pairs, tmp_path, *, own_objective=None, eval_pairs=None, **options
-):
-    """A trainer of `kind`, (trainer, configuration); options are the configuration's."""
-    trainer_class, config_class = kind
-    more = {"peft_config": options.pop("peft_config", None)}
-    if own_objective is not None:
-        more["objective"] = own_objective
-    return trainer_class(
-        str(directory),
-        args=config_class(str(tmp_path / "out"), **(DEFAULTS | CPU | options)),
-        train_dataset=Dataset.from_list(pairs),
-        eval_dataset=None if eval_pairs is None else Dataset.from_list(eval_pairs),
-        processing_class=AutoTokenizer.from_pretrained(directory),
-        **more,
-    )
-
-
-def trained(trainer):
-    """Logs and trained weights of a run."""
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    state = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-    return logs, state
-
-
-def compare_runs(ours, theirs, *, relative, but=()):
-    """Every metric that TRL logs and every trained weight agree to a relative difference."""
-    (our_logs, our_state), (their_logs, their_state) = ours, theirs
-    assert len(our_logs) == len(their_logs) == 2
-    # In the first step the policy is its reference: which reward is larger is rounding.
-    our_logs[0].pop("rewards/accuracies", None), their_logs[0].pop("rewards/accuracies", None)
-    for our, their in zip(our_logs, their_logs, strict=True):
-        for name in their.keys() - set(but):
-            value = their[name]
-            assert our[name] == pytest.approx(value, rel=relative, abs=relative), name
-    assert our_state.keys() == their_state.keys()
-    for name, parameter in their_state.items():
-        size = parameter.abs().max()
-        assert (our_state[name] - parameter).abs().max() <= relative * size, name
-
-
-def save_model(model, tokenizer_of, directory):
-    model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(directory)
-    return directory
-
+from fastpref.trl.logps import _FastprefLogps
 
 # --- beside plain TRL ---------------------------------------------------------------------------
 
@@ -108,6 +34,7 @@ def save_model(model, tokenizer_of, directory):
         ("dpo", {"precompute_ref_log_probs": True}),
         ("dpo", {"gradient_accumulation_steps": 2}),
         ("dpo", {"ld_alpha": 0.3}),
+        ("dpo", {"label_smoothing": 0.1}),
         ("dpo", {"gradient_checkpointing": True}),
         ("dpo", {"beta": 0.4, "optim": "sgd"}),
         ("dpo", {"peft_config": LoraConfig(r=4, target_modules="all-linear")}),
@@ -286,6 +213,38 @@ def test_configuration_names_the_objective(tmp_path):
     json.dumps(config.to_dict())
 
 
+def test_another_objective_has_its_own_beta(tmp_path):
+    simpo = PreferenceConfig(str(tmp_path), objective="simpo", **CPU)
+    assert simpo.beta == 2.0
+    dpo = dataclasses.replace(simpo, objective="dpo")
+    assert dpo.beta == dpo.make_objective().beta == 0.1
+    given = PreferenceConfig(str(tmp_path), objective="simpo", beta=2.0, **CPU)
+    assert dataclasses.replace(given, objective="dpo").make_objective().beta == 2.0
+    with pytest.raises(ValueError, match=r"beta=2\.0 was given, but ORPO"):
+        dataclasses.replace(given, objective="orpo")
+    by_name = PreferenceConfig(str(tmp_path), objective_args={"beta": 0.3}, **CPU)
+    assert by_name.beta == 0.3
+    changed = copy.deepcopy(by_name)
+    changed.objective_args = None
+    assert changed.make_objective().beta == 0.1
+    for config in (by_name, dataclasses.replace(simpo, objective="orpo")):
+        stored = json.loads(config.to_json_string())
+        stored["accelerator_config"] = None
+        assert PreferenceConfig(**stored).make_objective() == config.make_objective()
+
+
+def test_label_smoothing_is_that_of_dpo_config(tmp_path, recwarn):
+    """TRL's sigmoid loss has none; conservative DPO's goes by objective_args."""
+    for objective in ("dpo", "ipo"):
+        config = PreferenceConfig(
+            str(tmp_path), objective=objective, label_smoothing=0.1, **CPU, bf16=False
+        )
+        assert getattr(config.make_objective(), "label_smoothing", 0) == 0
+    config = PreferenceConfig(str(tmp_path), objective_args={"label_smoothing": 0.1}, **CPU)
+    assert config.make_objective().label_smoothing == 0.1
+    assert not [each for each in recwarn if "smoothing" in str(each.message)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -294,7 +253,8 @@ def test_configuration_names_the_objective(tmp_path):
         ({"loss_type": ["ipo"]}, "loss_type=.*takes objective"),
         ({"f_divergence_type": "js_divergence"}, "f_divergence_type"),
         ({"use_weighting": True}, "use_weighting"),
-        ({"objective": "ipo", "label_smoothing": 0.1}, "ipo has no label_smoothing"),
+        ({"objective": "orpo", "beta": 0.3}, r"beta=0.3 was given, but ORPO.* by 0.1"),
+        ({"beta": 0.2, "objective_args": {"beta": 0.3}}, r"beta=0.2 was given, .* by 0.3"),
         ({"schedule": "fast"}, "unknown schedule"),
         ({"backend": "cuda"}, "unknown backend"),
     ],
@@ -379,7 +339,7 @@ def test_entropy_keeps_its_gradient():
     targets = torch.randint(0, 101, (7,))
     arguments = (hidden, weight, None, targets, 1.3, 32, 5.0, 0.8)
     grads = []
-    for apply in (trl_utils._ChunkedLogProbFunction.apply, fastpref_trl._FastprefLogps.apply):
+    for apply in (trl_utils._ChunkedLogProbFunction.apply, _FastprefLogps.apply):
         logps, entropy, squares, mean, top1 = apply(*arguments)
         (logps.sum() + (entropy**2).sum()).backward()
         grads.append((hidden.grad, weight.grad, squares, mean, top1))

@@ -1,0 +1,273 @@
+"""A loss in the model's own forward: there DDP sees the head's gradient, FSDP has gathered it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import logging
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+from trl.trainer import utils as trl_utils
+
+from fastpref.loss import linear_logps
+from fastpref.sequences import IGNORED, copied_to_host, shift_targets
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LossHeadOutput(ModelOutput):
+    """What a model returns for `loss_head=…`: the fields of `PreferenceOutput`, and aux loss."""
+
+    loss: Tensor | None = None
+    losses: Tensor | None = None
+    logps: Tensor | None = None
+    lengths: Tensor | None = None
+    metrics: dict[str, Tensor] | None = None
+    aux_loss: Tensor | None = None
+
+
+def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
+    """Lets the model's forward hand hidden states and head to a loss, in place of TRL's fused head.
+
+    `model(…, loss_head=f)` returns `f(hidden, weight, bias=…, softcap=…, logit_scale=…)`, a
+    `PreferenceOutput`, as a `LossHeadOutput`; `model(…, labels=labels, fused_lm_head=True)`, which
+    TRL asks of reference models, returns log-probabilities exact to fp32. Any other call is the
+    model's own.
+
+    The scalars come from `head_scalars` and are compared, once, with what the model's own forward
+    makes of two tokens, at the cost of two such forwards. Where a vision model leaves out those of
+    its text config, so do we.
+
+    Raises:
+        ValueError: the model's logits are not its last hidden state times its head, scaled and
+            capped. Where the two tokens could not be run, a warning is logged instead.
+    """
+    wrapper = model
+    if isinstance(wrapper, PeftModel):
+        model = wrapper.get_base_model()
+    scalars = _agreed_scalars(model)
+    stock_forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        loss_head: Callable[..., Any] | None = None,
+        fused_lm_head: bool = False,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if loss_head is None and not fused_lm_head:
+            if labels is not None:
+                kwargs["labels"] = labels
+            return stock_forward(*args, **kwargs)
+        kwargs["use_cache"] = False
+        if loss_head is None:
+            targets_on_host = copied_to_host(shift_targets(labels, labels != IGNORED))
+        backbone = _backbone(self)(*args, **kwargs)
+        with _head_of(self) as (weight, bias):
+            hidden = backbone.last_hidden_state.to(weight.device)
+            if loss_head is not None:
+                out = loss_head(hidden, weight, bias=bias, **scalars)
+                aux_loss = _router_loss(self, backbone, kwargs)
+                return LossHeadOutput(
+                    out.loss, out.losses, out.logps, out.lengths, out.metrics, aux_loss
+                )
+            logps = linear_logps(hidden, weight, targets_on_host(), bias=bias, **scalars)
+            if logps.device.type != "mps":  # TRL adds them up in the dtype it is given
+                logps = logps.double()
+            return trl_utils.FusedCausalLMOutput(log_probs=logps[:, :-1])
+
+    model.forward = types.MethodType(forward, model)
+    if isinstance(wrapper, PeftModel) and "forward" in vars(wrapper.base_model):
+        wrapper.base_model.forward = model.forward  # AdaptionPrompt keeps the one it once found
+
+
+def _backbone(model: PreTrainedModel) -> nn.Module:
+    """`base_model`; the model itself where its prefix names nothing, as in Llama 4's text model."""
+    return model.model if model.base_model is model else model.base_model
+
+
+@contextlib.contextmanager
+def _head_of(model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Weight and bias of the LM head, gathered where ZeRO-3 or FSDP2 has sharded them."""
+    head = model.get_output_embeddings()
+    weight, bias = head.weight, getattr(head, "bias", None)  # wrapped by PEFT, it may have none
+    with trl_utils.maybe_gather_lm_head_ctx(weight, bias):
+        yield _whole(weight), _whole(bias)
+
+
+def _whole(parameter: Tensor | None) -> Tensor | None:
+    """FSDP2 shards parameters as DTensors; the projection needs all of the head."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _router_loss(model: PreTrainedModel, backbone: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """The load-balancing loss of a mixture of experts, where router logits were asked for."""
+    if not kwargs.get("output_router_logits"):
+        return None
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = model.config.get_text_config()
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    return load_balancing_loss_func(
+        backbone.router_logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+    )
+
+
+# --- from the projection to the logits ----------------------------------------------------------
+
+
+def head_scalars(config: Any) -> dict[str, float | None]:
+    """`softcap` and `logit_scale` of a causal language model, from its text config.
+
+    Cohere and Command multiply logits by `logit_scale`, Falcon-H1 by `lm_head_multiplier`, others
+    by `output_multiplier`; Granite and MiniCPM divide by `logits_scaling`, Inkling by
+    `logits_mup_width_multiplier`, HyperCLOVA X multiplies. RecurrentGemma's and xLSTM's softcaps
+    have names of their own.
+    """
+    config = config.get_text_config()
+
+    def first(*names: str) -> float | None:
+        found = (getattr(config, name, None) for name in names)
+        return next((value for value in found if isinstance(value, int | float)), None)
+
+    scale = first("logit_scale", "output_multiplier", "lm_head_multiplier")
+    divisor = first("logits_scaling", "logits_mup_width_multiplier")
+    if scale is None and divisor is not None:
+        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    softcap = first("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return {"softcap": softcap, "logit_scale": 1.0 if scale is None else scale}
+
+
+def _agreed_scalars(model: PreTrainedModel) -> dict[str, float | None]:
+    """The scalars that the model's own forward confirms.
+
+    All processes take rank 0's answer: with FSDP's frugal loading the others have no weights yet.
+    """
+    answer: list[Any] = [None]
+    try:
+        answer = [_confirmed_scalars(model)]
+    except ValueError as refusal:
+        answer = [str(refusal)]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(answer)
+    if isinstance(answer[0], str):
+        raise ValueError(answer[0])
+    return answer[0]
+
+
+def _confirmed_scalars(model: PreTrainedModel) -> dict[str, float | None]:
+    """`head_scalars`, or those of them by which the model's logits of two tokens come about."""
+    configured = head_scalars(model.config)
+    family = f"{type(model).__name__} (model type {model.config.model_type!r})"
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{family} has no output embeddings, so there is no head to train through")
+    if model.base_model is model and not hasattr(model, "model"):
+        raise ValueError(f"{family} has no base model that gives its last hidden state")
+    try:
+        logits, hidden, weight, bias = _two_tokens(model)
+    except Exception as reason:  # whatever a model makes of two tokens, it may well train
+        logger.warning(
+            "%s: could not compare its own logits with its head's scalars %s, which are taken from "
+            "its config (%s: %s)",
+            family,
+            configured,
+            type(reason).__name__,
+            reason,
+        )
+        return configured
+    expected = f"{family} cannot be trained through its head: expected logits (…, {len(weight)})"
+    if logits.shape[-1] != len(weight) or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{expected} from hidden states (…, {hidden.shape[-1]}) and a head "
+            f"{tuple(weight.shape)}; its own forward gives {tuple(logits.shape)}"
+        )
+    hidden = hidden[:, hidden.shape[1] - logits.shape[1] :]  # some project the last token alone
+    projected, rounding = _projection(hidden, weight, bias, logits.dtype)
+    if not projected.isfinite().all():
+        logger.warning("%s: its logits are not finite, its head's scalars not compared", family)
+        return configured
+    excess = {}
+    choices = {configured["softcap"]: 0, None: 1}, {configured["logit_scale"]: 0, 1.0: 1}
+    for softcap, scale in itertools.product(*choices):
+        ours = scale * projected
+        ours = ours if softcap is None else softcap * torch.tanh(ours / softcap)
+        error = (ours - logits).abs()
+        if (error <= max(1.0, abs(scale)) * rounding).all():
+            return {"softcap": softcap, "logit_scale": scale}
+        excess[softcap, scale] = error.max().item()
+    raise ValueError(
+        f"{expected} = softcap·tanh(logit_scale·(W h + b)/softcap) of the last hidden state h, "
+        f"with {configured} from its config; its own forward differs by up to "
+        f"{min(excess.values()):.3g}, where rounding explains {rounding.max().item():.1g}"
+    )
+
+
+def _two_tokens(model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The model's own logits `(1, ≤2, V)`, last hidden state `(1, 2, H)`, head weight and bias."""
+    if any(p.is_meta or hasattr(p, "ds_id") for p in model.parameters()):
+        raise RuntimeError("its weights are not on this device yet")
+    modes = {module: module.training for module in model.modules()}
+    rng_of = [model.device] if model.device.type == "cuda" else []
+    ids = torch.tensor([_ordinary_tokens(model)], device=model.device)
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=rng_of):
+            logits = model(input_ids=ids, use_cache=False).logits
+            hidden = _backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
+            with _head_of(model) as (weight, bias):
+                return logits.to(weight.device), hidden.to(weight.device), weight, bias
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _ordinary_tokens(model: PreTrainedModel) -> list[int]:
+    """Two tokens from the middle of the vocabulary which no config names (padding, an image, …)."""
+    special = set()
+    for config in (model.config, model.config.get_text_config()):
+        for name, value in config.to_dict().items():
+            if name.endswith(("_id", "_index")):
+                special |= set(value) if isinstance(value, list) else {value}
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    middle = range(vocabulary // 2, vocabulary)
+    return list(itertools.islice((token for token in middle if token not in special), 2))
+
+
+@torch.no_grad()
+def _projection(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """W h + b in fp32 at least, and by how much a model that computes in its own dtype may differ.
+
+    Hidden is scaled and rounded, the product rounded, scaled and capped by three operations: six
+    roundings of half an ε of the coarsest dtype, and the sum's H in fp32. As errors of independent
+    sign they add up to the root of Σ h²w², not to Σ |h||w|.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    products = {"highest": 2**-23, "high": 2**-10, "medium": 2**-7}
+    eps = max(torch.finfo(x).eps for x in (hidden.dtype, weight.dtype, dtype))
+    eps = max(eps, products[torch.get_float32_matmul_precision()])
+    h = hidden.to(wide)
+    projected, size = [], []
+    for rows in weight.split(8192):  # a wider copy of the whole head may not fit
+        w = rows.to(wide)
+        projected.append(h @ w.T)
+        size.append((h.square() @ w.square().T).sqrt())
+    projected, size = torch.cat(projected, -1), torch.cat(size, -1)
+    if bias is not None:
+        projected = projected + bias.to(wide)
+        size = size + bias.to(wide).abs()
+    return projected, (4 * eps + 2**-23 * h.shape[-1] ** 0.5) * size

@@ -1,0 +1,97 @@
+"""`use_fastpref_logps`: exact log-probabilities for stock TRL trainers."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+
+import trl
+from packaging.version import Version
+from torch import Tensor
+from trl.trainer import utils as trl_utils
+
+from fastpref.loss import linear_logps
+
+_SUPPORTED_TRL = "1.16"
+_CHUNKED_APPLY = (
+    "hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs"
+)
+
+
+class LogpsHandle(contextlib.AbstractContextManager):
+    """Undoes `use_fastpref_logps`: by `.undo()`, or at the end of a `with` block."""
+
+    def __init__(self, replaced: type) -> None:
+        self._replaced: type | None = replaced
+
+    def undo(self) -> None:
+        """Gives TRL its own function back; calling it again does nothing."""
+        if self._replaced is not None:
+            trl_utils._ChunkedLogProbFunction = self._replaced
+            self._replaced = None
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+def use_fastpref_logps() -> LogpsHandle:
+    """Makes the stock TRL trainers with a fused head take log-probabilities from `linear_logps`.
+
+    These are DPO, KTO, SFT, GRPO and RLOO, and of the experimental ones async GRPO, GMPO and BEMA's
+    DPO. Loss types, metrics and data stay TRL's; log-probabilities become exact to fp32, with the
+    softcap and scale that TRL reads from the config. The others (CPO, ORPO, online DPO,
+    distillation, …) never call the replaced function and stay as they are.
+
+    Returns:
+        A handle whose `undo()` restores TRL's function; also a context manager.
+
+    Raises:
+        RuntimeError: a TRL version, or a signature of the replaced function, not known to fit.
+    """
+    release = Version(trl.__version__)
+    if f"{release.major}.{release.minor}" != _SUPPORTED_TRL:
+        raise RuntimeError(
+            f"use_fastpref_logps replaces a private function of TRL {_SUPPORTED_TRL} and TRL is "
+            f"{trl.__version__}; install trl=={_SUPPORTED_TRL}.* or call fastpref.linear_logps"
+        )
+    replaced = getattr(trl_utils, "_ChunkedLogProbFunction", None)
+    if replaced is not _FastprefLogps:
+        forward = getattr(replaced, "forward", None)
+        found = " ".join(list(inspect.signature(forward).parameters)[1:]) if forward else "nothing"
+        if found != _CHUNKED_APPLY:
+            raise RuntimeError(
+                f"TRL's _ChunkedLogProbFunction takes ({found}), expected ({_CHUNKED_APPLY})"
+            )
+    trl_utils._ChunkedLogProbFunction = _FastprefLogps
+    return LogpsHandle(replaced)
+
+
+class _FastprefLogps:
+    """Stands where TRL's autograd function stood; called as `_ChunkedLogProbFunction.apply`."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,  # (N, H)
+        weight: Tensor,  # (V, H)
+        bias: Tensor | None,
+        targets: Tensor,  # (N,)
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ) -> tuple[Tensor | None, ...]:
+        names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+        wanted = tuple(name for name in names if name in outputs)
+        result = linear_logps(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            softcap=final_logit_softcapping,
+            logit_scale=logit_scale,
+            stats=wanted,
+        )
+        logps, found = result if wanted else (result, {})
+        return logps, *(found.get(name) for name in names)

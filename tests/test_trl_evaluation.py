@@ -1,0 +1,98 @@
+"""What an evaluation reports: means over the data set, however it is cut into batches."""
+
+import json
+import os
+import socket
+
+import pytest
+import torch
+from trl_runs import OURS, make_trainer
+
+# Pair-wise, token-wise, of the objective, and the loss, which Trainer itself averages.
+METRICS = (
+    "loss",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/rejected",
+    "weights/quality",
+    "entropy",
+    "mean_token_accuracy",
+    "logits/chosen",
+)
+
+
+def evaluated(directory, pairs, tmp_path, batch_size):
+    trainer = make_trainer(
+        OURS,
+        directory,
+        pairs,
+        tmp_path,
+        eval_pairs=pairs,
+        objective="unidpo",
+        per_device_eval_batch_size=batch_size,
+    )
+    with torch.no_grad():  # away from its reference, where every reward is 0
+        trainer.model.lm_head.weight.mul_(1.5)
+    return trainer.evaluate()
+
+
+def evaluate_as(rank, processes, port, directory, sets, tmp_path):
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    found = [evaluated(directory, pairs, tmp_path, batch_size=2) for pairs in sets]
+    assert torch.distributed.get_backend() == "gloo"
+    (tmp_path / f"{rank}.json").write_text(json.dumps(found))
+
+
+def assert_same_metrics(found, expected):
+    """Sums of fp32 in another order: a few roundings of 2⁻²⁴ each."""
+    for name in METRICS:
+        value = expected[f"eval_{name}"]
+        assert found[f"eval_{name}"] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_uneven_batches_count_every_pair_once(batch_size, tiny_llama, pairs, tmp_path):
+    whole = evaluated(tiny_llama, pairs[:5], tmp_path, batch_size=5)
+    assert abs(whole["eval_rewards/margins"]) > 0.01
+    assert_same_metrics(evaluated(tiny_llama, pairs[:5], tmp_path, batch_size), whole)
+
+
+def test_an_evaluation_starts_anew(tiny_llama, pairs, tmp_path):
+    trainer = make_trainer(
+        OURS,
+        tiny_llama,
+        pairs,
+        tmp_path,
+        objective="unidpo",
+        eval_pairs={"a": pairs[:3], "b": pairs[3:]},
+    )
+    alone = trainer.evaluate(trainer.eval_dataset["b"])
+    trainer.predict(trainer.eval_dataset["a"])
+    assert_same_metrics(trainer.evaluate(trainer.eval_dataset["b"]), alone)
+
+
+def test_two_processes_count_every_pair_once(tiny_llama, pairs, tmp_path):
+    """Of 5 pairs, 2 a batch, both processes repeat some at the end; of 7 one does, of 8 none."""
+    sets = pairs[:5], pairs[:7], pairs
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = 2, port, tiny_llama, sets, tmp_path
+    context = torch.multiprocessing.spawn(evaluate_as, arguments, nprocs=2, join=False)
+    try:
+        assert any(context.join(timeout=60) for _ in range(2)), "the processes hang"
+    finally:
+        for process in context.processes:
+            process.kill()
+    wholes = [evaluated(tiny_llama, each, tmp_path, batch_size=len(each)) for each in sets]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        for ours, whole in zip(found, wholes, strict=True):
+            assert_same_metrics(ours, whole)
