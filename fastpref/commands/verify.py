@@ -9,9 +9,10 @@ proportion to u: it measures how the problem amplifies rounding, for whatever co
     log-probabilities   δ = 2 E + u (1 + z) n + u max|ℓ|        one rounding of each token's logit
     loss                2 E + Σ |L(ℓ ± δ) − L(ℓ)| + 2 u max|L|  what δ does to the objective
     gradients           2 E + (u (1 + z) + ρ + u_out) max|x|    what δ does to its coefficients: ρ,
-                          + u (1 + z) max Σ |coef| p |w|        and the final rounding; and what one
-                                                                rounding of each logit does to p,
-                                                                beside which 1 − p may be small
+                          + 2 ε max Σ |coef| p |w|              and the final rounding; and what ε,
+                                                                u (1 + z) and E's part of logits,
+                                                                does to p, beside which 1 − p may
+                                                                be small
 
 Where products multiply half-precision operands, the gradient G of the logits is one of them: its
 rounding adds max u_out |G|ᵀ|h| to what ∂W may be off, and max u_out |G||W| to ∂h.
@@ -238,9 +239,15 @@ def _allowed(
         result = torch.finfo(leaves[name].dtype)
         rounding = max(result.eps / 2 * largest, result.smallest_normal * result.eps / 2)
         allowed[name] = amplified[name] + (of_logit + of_coefs) * largest + rounding
+    single = _cast(batch, torch.float32)
+    plain_z = reference.logits(
+        single.hidden.flatten(0, -2), single.weight, bias=single.bias, **scalars
+    )
+    # Computed twice, and in another order each time: once for the log-sum-exp, once more for p.
+    of_probability = 2 * (scale * _distance(plain_z, z) + of_logit)
     for name, error in probability_errors(wide, coefs, scalars).items():
         if name in allowed:
-            allowed[name] += of_logit * error
+            allowed[name] += of_probability * error
     if dtype.itemsize == 2 and multiplies_half(batch.hidden.device.type):
         for name, error in rounded_operand_errors(wide, coefs, scalars, dtype).items():
             if name in allowed:

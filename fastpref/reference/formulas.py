@@ -153,8 +153,8 @@ def exo(pairs, *, beta, label_smoothing, balance, divergence):
 
 def discopop(pairs, *, beta, tau, balance, divergence):
     m = _dpo_margin(pairs, beta, False, balance, divergence)
-    share = 1 / (1 + torch.exp(-m / tau))
-    return (1 - share) * _nlls(m) + share / torch.exp(m)
+    share = torch.sigmoid(m / tau)
+    return (1 - share) * _nlls(m) + share * torch.exp(-m)
 
 
 def rpo(pairs, *, beta, label_smoothing, length_normalized, nll_weight, balance, divergence):
@@ -177,7 +177,8 @@ def chipo(pairs, *, beta, largest_reward, balance, divergence):
     a_w, a_l = balance_coefficients(balance, pairs)
     x_w = pairs.chosen_logps - pairs.ref_chosen_logps
     x_l = pairs.rejected_logps - pairs.ref_rejected_logps
-    m = beta * (a_w * (x_w.exp() + x_w) - a_l * (x_l.exp() + x_l))
+    phi_w, phi_l = (x.clip(max=80).exp() + x for x in (x_w, x_l))
+    m = beta * (a_w * phi_w - a_l * phi_l)
     return _nlls(m.clip(-2 * largest_reward, 2 * largest_reward))
 
 
