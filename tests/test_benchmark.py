@@ -2,13 +2,16 @@
 
 import copy
 import dataclasses
+import io
 import json
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from rich.progress import Progress
+from rich.text import Text
 from typer.testing import CliRunner
 
 from fastpref import planner
@@ -23,7 +26,16 @@ from fastpref.commands.benchmark.measure import (
 from fastpref.commands.benchmark.peers import OURS, PEERS, Peer
 from fastpref.commands.benchmark.workloads import LENGTHS, Workload, make_inputs
 from fastpref.commands.cli import app
-from fastpref.commands.plan import GPUS, estimates, head_shape, largest_batch, problem_for
+from fastpref.commands.plan import (
+    GPUS,
+    MOST_PAIRS,
+    MOST_TOKENS,
+    estimates,
+    head_shape,
+    largest_batch,
+    problem_for,
+)
+from fastpref.commands.tables import show
 
 run = CliRunner().invoke
 QUICK_PEERS = [name for name in PEERS if not PEERS[name].compiles]
@@ -165,8 +177,6 @@ def results(tiny, monkeypatch):
 
 
 def test_report(results, tmp_path):
-    from rich.console import Console
-
     console = Console(width=120, record=True)
     report.print_report(results, console)
     text = console.export_text()
@@ -197,12 +207,67 @@ def test_comparison_names_what_got_worse(results):
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(["--peers", "nobody"], "no peer is called"), (["--workload", "gpt-9"], "unknown workload")],
+    [
+        (["--peers", "nobody"], "no peer is called"),
+        (["--workload", "gpt-9"], "unknown workload"),
+        (["--compare", "nofile"], "no earlier run to compare with: nofile"),
+        (["--compare", __file__], "no earlier run to compare with"),
+        (["--out", "/proc/x"], "/proc/x"),
+        (["--device", "nonsense"], "no device 'nonsense'"),
+        (["--model", "no-such-directory"], "does not exist"),
+    ],
 )
-def test_bench_refuses_unknown_names(more, message):
+def test_bench_refuses_before_anything_is_measured(more, message, monkeypatch):
+    monkeypatch.setattr(suite, "run_suite", None)
     result = run(app, ["bench", *more])
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.parametrize("content", ["[1]", "3", "{}", '{"speed": []}'])
+def test_bench_compares_with_a_run_only(content, tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    result = run(app, ["bench", "--compare", str(path)])
+    assert result.exit_code == 2
+    assert "is no bench.json" in result.output.replace("\n", " ")
+
+
+def assert_whole(tables, width):
+    """Every figure of every table stands in a terminal of that width, or in a file."""
+    assert tables
+    for table in tables:
+        console = Console(width=width, file=io.StringIO())
+        show(console, table)
+        text = console.file.getvalue()
+        assert "…" not in text
+        for column in table.columns[1:]:
+            for cell in column.cells:
+                assert all(line in text for line in Text.from_markup(str(cell)).plain.split("\n"))
+        if width >= 80:
+            assert max(map(len, text.splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", [50, 80])
+def test_tables_of_a_run_are_whole(width):
+    committed = Path(__file__).parent.parent / "bench/results/cpu/bench.json"
+    results = json.loads(committed.read_text())
+    tables = list(report._tables(results))
+    assert len(tables) == 13
+    assert_whole(tables, width)
+
+
+@pytest.mark.parametrize("width", [50, 80])
+def test_tables_of_compiled_kernels_are_whole(width):
+    compile_report = pytest.importorskip("fastpref.commands.compile_report")
+    committed = Path(__file__).parent.parent / "bench/results/compile.json"
+    kernels = json.loads(committed.read_text())["kernels"]
+    found = [(compile_report.Compiled(**kernel), []) for kernel in kernels]
+    found[0] = found[0][0], ["spills 1024 bytes", "233472 bytes of shared memory"]
+    tables = list(compile_report.tables_of(found))
+    assert [table.title.split(",")[0] for table in tables] == list(compile_report.ARCHITECTURES)
+    assert_whole(tables, width)
+    assert "spills 1024 bytes" in list(tables[0].columns[0].cells)[0]
 
 
 # --- plan ---------------------------------------------------------------------------------------
@@ -217,6 +282,51 @@ def test_plan_reads_only_the_config(tiny_llama, tmp_path):
         assert text in result.output
     frozen = run(app, ["plan", "--model", str(tmp_path), "--lora", "--gpu", "4090", "--tp", "2"])
     assert "frozen_head (auto)" in frozen.output
+    assert "…" not in result.output + frozen.output
+
+
+def test_plan_of_a_large_model_is_whole_at_80_columns(tmp_path):
+    config = {"model_type": "llama", "hidden_size": 16384, "vocab_size": 256000}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    more = ["--pairs", "512", "--length", "32768", "--free", "123.4"]
+    result = run(app, ["plan", "--model", str(tmp_path), *more])
+    assert result.exit_code == 0, result.output
+    assert "…" not in result.output
+    assert "pairs in 123 GB" in result.output
+    naive = next(line for line in result.output.splitlines() if line.startswith("naive"))
+    one = 2 * 2 * 512 * 32768 * 16384 * 256000
+    assert f"{3 * one / 1e12:.1f}" in naive
+    assert max(map(len, result.output.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--free", "nan"], "--free must be positive and finite, got nan"),
+        (["--free", "0"], "--free must be positive and finite, got 0.0"),
+        (["--free", "-1"], "--free must be positive and finite, got -1.0"),
+        (["--free", "inf"], "--free must be positive and finite, got inf"),
+        (["--budget", "0"], "does not hold one row"),
+        (["--pairs", "1000000000"], "--pairs"),
+        (["--length", "1000000000"], "--length"),
+        (["--pairs", "16384", "--length", "4096"], "more than the 67,108,864 planned for"),
+        (["--pairs", "0"], "--pairs"),
+    ],
+)
+def test_plan_refuses_sizes(more, message, tiny_llama):
+    result = run(app, ["plan", "--model", str(tiny_llama), *more])
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_the_search_for_the_largest_batch_ends(tiny_llama):
+    """Where memory is no bound, in the pairs that a plan takes; the table says that it is more."""
+    problem = problem_for(32, 101, pairs=1, length=4096)
+    assert largest_batch("recompute", problem, 10**15) == MOST_TOKENS // 8192
+    assert largest_batch("recompute", problem_for(32, 101, pairs=1, length=1), 10**15) == MOST_PAIRS
+    more = ["--length", "4096", "--free", "1000000"]
+    result = run(app, ["plan", "--model", str(tiny_llama), *more])
+    assert f"≥ {MOST_TOKENS // 8192}" in result.output
 
 
 def test_plan_refuses(tiny_llama):

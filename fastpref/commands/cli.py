@@ -5,19 +5,28 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, track
-from rich.table import Table
 
-from fastpref.backends import BACKENDS
+from fastpref.backends import BACKENDS, choose_backend
 from fastpref.commands.benchmark.workloads import HEADS
-from fastpref.commands.plan import GPUS, estimates, head_shape, largest_batch, problem_for
+from fastpref.commands.plan import (
+    GPUS,
+    MOST_PAIRS,
+    MOST_TOKENS,
+    estimates,
+    head_shape,
+    largest_batch,
+    problem_for,
+)
+from fastpref.commands.tables import new_table, show
 from fastpref.commands.verify import SHAPES, Result, objectives_to_verify, verify
-from fastpref.objectives import objective_names
+from fastpref.objectives import hyperparameters, objective_names
 from fastpref.planner import SCHEDULES, make_plan
 
 app = typer.Typer(
@@ -26,24 +35,31 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 console = Console()
+errors = Console(stderr=True)
 
 _HYPERPARAMETERS = "Hyperparameters (the objective's defaults where not given)"
 _RUN = "The run"
+_MEMORY = "Memory and precision"
+_VERIFIED_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def _hyperparameter(flag: str, text: str) -> Any:
     return typer.Option(flag, help=text, rich_help_panel=_HYPERPARAMETERS, show_default=False)
 
 
-def _run_option(text: str) -> Any:
-    return typer.Option(help=text, rich_help_panel=_RUN)
+def _run_option(text: str, *flags: str, panel: str = _RUN) -> Any:
+    return typer.Option(*flags, help=text, rich_help_panel=panel)
 
 
 @app.command("train")
 def train_command(
     model: Annotated[str, typer.Option(help="Checkpoint directory or model name.")],
     data: Annotated[
-        Path, typer.Option(help="JSON lines: prompt, chosen, rejected, score_chosen, …")
+        Path,
+        typer.Option(
+            help="Pairs: prompt, chosen, rejected, score_chosen, score_rejected, as JSON lines or "
+            "array (.gz too), Parquet, Arrow, CSV, or a directory of them."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Directory for model, curves.png, results.json.")],
     objective: Annotated[
@@ -74,30 +90,67 @@ def train_command(
     ] = None,
     balance: Annotated[
         bool | None,
-        _hyperparameter("--balance/--no-balance", "adaptive balance (AdaDPO) on any objective"),
+        _hyperparameter(
+            "--balance/--no-balance",
+            "AdaDPO's balance on any objective: the chosen reward times min(P_w / P_l, C), of "
+            "probabilities per token, C = 2. AdaDPO always has it",
+        ),
     ] = None,
-    balance_clip: Annotated[
-        float | None, _hyperparameter("--balance-clip", "κ, its bound; switches it on")
+    balance_ceiling: Annotated[
+        float | None,
+        _hyperparameter("--balance-ceiling", "C, the most it may multiply by; switches it on"),
+    ] = None,
+    balance_source: Annotated[
+        str | None,
+        _hyperparameter(
+            "--balance-source",
+            "policy (P) or implicit_reward (P over the reference's); switches it on",
+        ),
     ] = None,
     eval_data: Annotated[Path | None, _run_option("Pairs to evaluate on.")] = None,
     holdout: Annotated[int, _run_option("Keep the last N pairs for evaluation.")] = 0,
     epochs: Annotated[float, _run_option("Passes over the data.")] = 1.0,
-    max_steps: Annotated[int, _run_option("Stop after so many steps; -1 for all.")] = -1,
+    max_steps: Annotated[
+        int, _run_option("Weight updates, whatever --epochs says; -1 for --epochs.")
+    ] = -1,
     learning_rate: Annotated[float, _run_option("Peak of the cosine schedule.")] = 1e-6,
-    batch_size: Annotated[int, _run_option("Pairs a device and step.")] = 2,
-    grad_accum: Annotated[int, _run_option("Steps a weight update.")] = 1,
-    max_length: Annotated[int, _run_option("Tokens at which a sequence is cut.")] = 1024,
-    lora: Annotated[bool, _run_option("Train LoRA adapters on all linear layers.")] = False,
-    lora_rank: Annotated[int, _run_option("Rank of the adapters.")] = 16,
-    bf16: Annotated[bool, _run_option("Train in bfloat16 autocast.")] = False,
-    gradient_checkpointing: Annotated[bool, _run_option("Recompute activations.")] = False,
+    batch_size: Annotated[int, _run_option("Pairs a device and batch.")] = 2,
+    grad_accum: Annotated[int, _run_option("Batches a weight update.")] = 1,
+    max_length: Annotated[
+        int,
+        _run_option("Tokens at which a sequence is cut; a pair whose prompt fills it is left out."),
+    ] = 1024,
+    lora: Annotated[
+        bool, _run_option("Train LoRA adapters on all linear layers.", "--lora")
+    ] = False,
+    lora_rank: Annotated[int | None, _run_option("Rank of the adapters; 16 if not given.")] = None,
+    dtype: Annotated[
+        str,
+        _run_option(
+            "float32, bfloat16, or auto: bfloat16 on an accelerator that has it. Of products, and "
+            "of weights that LoRA freezes; weights that train stay float32, since bfloat16 would "
+            "round their updates away.",
+            panel=_MEMORY,
+        ),
+    ] = "auto",
+    gradient_checkpointing: Annotated[
+        bool, _run_option("Recompute activations.", "--gradient-checkpointing", panel=_MEMORY)
+    ] = False,
     precompute_ref: Annotated[
         bool, _run_option("Reference log-probabilities once, before training.")
     ] = True,
-    schedule: Annotated[str, _run_option(f"One of {', '.join(SCHEDULES)}.")] = "auto",
+    schedule: Annotated[
+        str, _run_option(f"Of the loss: {', '.join(SCHEDULES)}.", panel=_MEMORY)
+    ] = "auto",
     seed: Annotated[int, _run_option("Of data order and adapters.")] = 0,
     resume: Annotated[
-        bool, _run_option("Save checkpoints and continue from the last one.")
+        bool,
+        _run_option(
+            "Save a checkpoint an epoch, and continue from the last one in OUTPUT. Only the length "
+            "may change, and what leaves the weights as they are; a longer run's learning rate "
+            "follows the longer cosine from there on.",
+            "--resume",
+        ),
     ] = False,
 ) -> None:
     """Tune a causal language model on preference pairs; curves and numbers go to OUTPUT."""
@@ -114,36 +167,52 @@ def train_command(
         "tau_good": tau_good,
         "odds_weight": odds_weight,
         "length_normalized": length_normalized,
-        "balance": balance if balance_clip is None else {"ceiling": balance_clip},
     }
-    settings = TrainSettings(
-        model=model,
-        data=data,
-        output=output,
-        objective=objective,
-        hyperparameters={name: value for name, value in given.items() if value is not None},
-        eval_data=eval_data,
-        holdout=holdout,
-        epochs=epochs,
-        max_steps=max_steps,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        grad_accum=grad_accum,
-        max_length=max_length,
-        lora=lora,
-        lora_rank=lora_rank,
-        bf16=bf16,
-        gradient_checkpointing=gradient_checkpointing,
-        precompute_ref=precompute_ref,
-        schedule=schedule,
-        seed=seed,
-        resume=resume,
-    )
     try:
+        given["balance"] = _balance(objective, balance, balance_ceiling, balance_source)
+        settings = TrainSettings(
+            model=model,
+            data=data,
+            output=output,
+            objective=objective,
+            hyperparameters={name: value for name, value in given.items() if value is not None},
+            eval_data=eval_data,
+            holdout=holdout,
+            epochs=epochs,
+            max_steps=max_steps,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            grad_accum=grad_accum,
+            max_length=max_length,
+            lora=lora,
+            lora_rank=lora_rank,
+            dtype=dtype,
+            gradient_checkpointing=gradient_checkpointing,
+            precompute_ref=precompute_ref,
+            schedule=schedule,
+            seed=seed,
+            resume=resume,
+        )
         train(settings, console)
     except (ValueError, OSError) as problem:
-        console.print(f"[red]error:[/red] {problem}", soft_wrap=True, highlight=False)
-        raise typer.Exit(2) from None
+        _fail(str(problem))
+
+
+def _balance(
+    objective: str, switch: bool | None, ceiling: float | None, source: str | None
+) -> bool | dict[str, Any] | None:
+    """What the three options say together, as `make_objective` takes it."""
+    fields = {"ceiling": ceiling, "source": source}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if switch is not False:
+        return fields or switch
+    for name in fields:
+        raise ValueError(f"--no-balance contradicts --balance-{name}")
+    if hyperparameters(objective)["balance"] is not None:
+        raise ValueError(
+            f"--no-balance contradicts --objective {objective}, whose balance defines it"
+        )
+    return switch
 
 
 @app.command("verify")
@@ -151,7 +220,7 @@ def verify_command(
     device: Annotated[str, typer.Option(help="Device; default the accelerator, or cpu.")] = "",
     backend: Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")] = "auto",
     dtype: Annotated[
-        list[str] | None, typer.Option(help="float64, float32, bfloat16, float16; repeatable.")
+        list[str] | None, typer.Option(help=f"{', '.join(_VERIFIED_DTYPES)}; repeatable.")
     ] = None,
     objective: Annotated[
         list[str] | None, typer.Option(help="Only these objectives; repeatable.")
@@ -173,28 +242,31 @@ def verify_command(
     architectures, none of which need be here. Exit status 1 if any spills or does not fit.
     """
     if compile_:
+        if device or backend != "auto" or dtype or objective:
+            _fail("--compile takes --output only: it compiles every kernel for every architecture")
         _report_compilation(output)
         return
-    device = device or default_device()
-    names = dtype or ["float64", "float32", "bfloat16", "float16"]
-    dtypes = {name: getattr(torch, name, None) for name in names}
+    if output is not None:
+        _fail("--output writes the table of --compile")
+    device = _usable_device(device)
+    names = dtype or list(_VERIFIED_DTYPES)
+    unknown = set(names) - set(_VERIFIED_DTYPES)
+    if unknown:
+        _fail(f"unknown dtype {sorted(unknown)}; expected some of {list(_VERIFIED_DTYPES)}")
+    dtypes = {name: getattr(torch, name) for name in names}
     chosen = objectives_to_verify()
     if objective:
         unknown = set(objective) - set(chosen)
         if unknown:
             _fail(f"unknown objective {sorted(unknown)}; expected some of {list(chosen)}")
         chosen = {name: chosen[name] for name in objective}
-    for name, value in dtypes.items():
-        if not isinstance(value, torch.dtype) or not value.is_floating_point:
-            _fail(f"unknown dtype {name!r}")
-    if backend not in BACKENDS:
-        _fail(f"unknown backend {backend!r}; expected one of {BACKENDS}")
+    try:
+        choose_backend(backend, torch.device(device))
+    except (ValueError, RuntimeError) as problem:
+        _fail(str(problem))
 
-    table = Table(title=f"largest error / allowed error, {device}, {len(SHAPES)} shapes a cell")
-    table.add_column("objective", no_wrap=True)
-    table.add_column("schedule", no_wrap=True)
-    for name in dtypes:
-        table.add_column(name, justify="right", no_wrap=True)
+    title = f"largest error / allowed error, {device}, {len(SHAPES)} shapes a cell"
+    table = new_table(title, "objective", "schedule", *dtypes, text=2)
     failures = checks = 0
     for name, each in track(chosen.items(), "verifying", console=console, transient=True):
         cells: dict[str, list[str]] = {}
@@ -207,7 +279,7 @@ def verify_command(
                 cells.setdefault(schedule, []).append(_cell(results))
         for schedule, of_dtypes in cells.items():
             table.add_row(name, schedule, *of_dtypes)
-    console.print(table)
+    show(console, table)
     verdict = "all within the allowed error" if not failures else f"{failures} beyond it"
     console.print(f"{checks} comparisons with float64, {verdict}")
     if failures:
@@ -225,7 +297,11 @@ def bench_command(
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option(help="SmolLM2 checkpoint for accuracy on text and training steps."),
+        typer.Option(
+            help="SmolLM2 checkpoint for accuracy on text and training steps.",
+            exists=True,
+            file_okay=False,
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory for bench.json and charts.")] = None,
     compare: Annotated[
@@ -240,6 +316,7 @@ def bench_command(
     """
     from fastpref.commands.benchmark import charts, report, suite
     from fastpref.commands.benchmark.peers import PEERS
+    from fastpref.commands.train import check_directory, check_model
 
     names = [n for n in PEERS if not peers or any(p.lower() in n.lower() for p in peers)]
     if not names:
@@ -247,8 +324,15 @@ def bench_command(
     unknown = set(workload or []) - set(HEADS)
     if unknown:
         _fail(f"unknown workload {sorted(unknown)}; expected some of {list(HEADS)}")
-    old = json.loads(compare.read_text()) if compare else None
-    device = device or default_device()
+    old = None if compare is None else _earlier_run(compare)
+    device = _usable_device(device)
+    try:
+        if model is not None:
+            check_model(str(model))
+        if out is not None:
+            check_directory(out)
+    except OSError as problem:
+        _fail(str(problem))
     planned = suite.suite_for(device, quick=quick, heads=workload)
     directory = None if model is None else str(model)
     save = {} if out is None else {"save": lambda results: charts.write_results(results, out)}
@@ -269,8 +353,10 @@ def bench_command(
 @app.command("plan")
 def plan_command(
     model: Annotated[str, typer.Option(help="Checkpoint directory or model name; config only.")],
-    pairs: Annotated[int, typer.Option(help="Pairs a device and step.", min=1)] = 8,
-    length: Annotated[int, typer.Option(help="Scored tokens of a response.", min=1)] = 1024,
+    pairs: Annotated[int, typer.Option(help="Pairs a device and step.", min=1, max=MOST_PAIRS)] = 8,
+    length: Annotated[
+        int, typer.Option(help="Scored tokens of a response.", min=1, max=MOST_TOKENS)
+    ] = 1024,
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h200",
     lora: Annotated[bool, typer.Option(help="The head is frozen.")] = False,
     tp: Annotated[int, typer.Option(help="Ranks that share the vocabulary.", min=1)] = 1,
@@ -284,30 +370,31 @@ def plan_command(
     Nothing is run and no weight is read. The floor is what the GPU's matrix rate and bandwidth
     allow; the largest batch is the most pairs whose hidden states and loss fit the free memory.
     """
+    from fastpref.commands.train import check_model
+
     if gpu not in GPUS:
         _fail(f"unknown GPU {gpu!r}; expected one of {list(GPUS)}")
+    if free is not None and not 0 < free < math.inf:
+        _fail(f"--free must be positive and finite, got {free}")
+    if 2 * pairs * length > MOST_TOKENS:
+        _fail(f"{pairs} pairs of 2 × {length} tokens are more than the {MOST_TOKENS:,} planned for")
     try:
+        check_model(model)
         hidden_size, vocabulary = head_shape(model)
+    except FileNotFoundError as error:
+        _fail(str(error))
     except (OSError, ValueError, AttributeError) as error:
         _fail(f"no config of a causal language model at {model!r}: {str(error).splitlines()[0]}")
     spec = GPUS[gpu]
-    room = int((free or spec.memory / 1e9) * 1e9)
+    room = int(spec.memory if free is None else free * 1e9)
     bytes_ = None if budget is None else budget * 2**20
     problem = problem_for(
         hidden_size, vocabulary, pairs=pairs, length=length, lora=lora, tensor_parallel=tp
     )
-    table = Table(
-        title=f"{pairs} pairs of 2 × {length} tokens, H {hidden_size}, V {vocabulary}, bf16, {gpu}"
+    table = new_table(
+        f"{pairs} pairs of 2 × {length} tokens, H {hidden_size}, V {vocabulary}, bf16, {gpu}",
+        *("", "products", "TFLOP", "peak GB", "floor ms", f"pairs in {room / 1e9:.3g} GB"),
     )
-    for heading in (
-        "",
-        "products",
-        "TFLOP",
-        "peak GB",
-        "floor ms",
-        f"pairs in {room / 1e9:.0f} GB",
-    ):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     try:
         for each in estimates(problem, bytes_):
             table.add_row(
@@ -316,13 +403,13 @@ def plan_command(
                 f"{each.flop / 1e12:.1f}",
                 f"{each.extra_bytes / 1e9:.2f}",
                 f"{1e3 * each.floor_seconds(spec):.1f}",
-                str(largest_batch(each.name, problem, room, bytes_)),
+                _at_least(largest_batch(each.name, problem, room, bytes_), length),
                 style="bold" if each.automatic else None,
             )
         reason = make_plan(problem, pairs=True, budget=bytes_).reason
     except ValueError as error:
         _fail(str(error))
-    console.print(table)
+    show(console, table)
     console.print(f"auto: {reason}. Predictions, not measurements; peak beyond inputs and weights.")
 
 
@@ -332,18 +419,54 @@ def default_device() -> str:
     return accelerator.type if accelerator else "cpu"
 
 
+def _at_least(pairs: int, length: int) -> str:
+    """A largest batch; the search for it ends somewhere."""
+    return f"≥ {pairs}" if pairs >= min(MOST_PAIRS, MOST_TOKENS // (2 * length)) else str(pairs)
+
+
+def _usable_device(name: str) -> str:
+    """The device asked for, by default the accelerator or the CPU; ends where it does not work."""
+    name = name or default_device()
+    try:
+        torch.zeros(1, device=name).item()
+    # What is raised depends on the device: AssertionError for a torch without CUDA, and so on.
+    except Exception as problem:
+        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        _fail(f"no device {name!r} here: {reason}")
+    return name
+
+
+def _earlier_run(path: Path) -> dict[str, Any]:
+    """A bench.json to compare with."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as problem:
+        _fail(f"no earlier run to compare with: {path}: {problem}")
+    if not isinstance(found, dict) or not {"speed", "memory"} <= found.keys():
+        _fail(f"{path} is no bench.json: it has no speed and memory to compare with")
+    return found
+
+
 def _report_compilation(output: Path | None) -> None:
     import fastpref_kernels
 
     if not fastpref_kernels.HAS_TRITON:
         _fail("the package triton is not installed")
     from fastpref.commands import compile_report
+    from fastpref.commands.train import check_directory
 
+    if output is not None:
+        try:
+            check_directory(output.parent)
+        except OSError as problem:
+            _fail(str(problem))
     cases = track(
         compile_report.compile_all(), "compiling", total=None, console=console, transient=True
     )
     found = list(cases)
-    console.print(compile_report.table_of(found))
+    for table in compile_report.tables_of(found):
+        show(console, table)
+        console.print()
     if output is not None:
         compile_report.write(found, output)
     faulty = sum(bool(faults) for _, faults in found)
@@ -355,9 +478,10 @@ def _report_compilation(output: Path | None) -> None:
 def _cell(results: list[Result]) -> str:
     worst = max(results, key=lambda r: math.inf if math.isnan(r.ratio) else r.ratio)
     colour = "green" if all(result.passed for result in results) else "bold red"
-    return f"[{colour}]{worst.ratio:.2f}[/] {worst.quantity}"
+    ratio = f"{worst.ratio:.2f}" if worst.ratio < 1000 else f"{worst.ratio:.1e}"
+    return f"[{colour}]{ratio}[/] {worst.quantity}"
 
 
-def _fail(message: str) -> None:
-    console.print(f"[red]error:[/red] {message}", soft_wrap=True, highlight=False)
+def _fail(message: str) -> NoReturn:
+    errors.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True, highlight=False)
     raise typer.Exit(2)

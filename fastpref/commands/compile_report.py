@@ -24,6 +24,8 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastpref.commands.tables import new_table
+
 KIB = 1024
 # The most shared memory that a block may have, bytes.
 SHARED_LIMIT = {
@@ -107,28 +109,26 @@ def compile_all(
             yield compiled, compiled.faults(case.multiplies)
 
 
-def table_of(found: list[tuple[Compiled, list[str]]]) -> Table:
-    table = Table(title=f"compiled ahead of time by triton {triton.__version__}, no GPU needed")
-    for name in ("kernel", "variant", "architecture", "blocks", "warps"):
-        table.add_column(name, no_wrap=True)
-    for name in ("registers", "spilled B", "shared KiB"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("matrix")
-    table.add_column("fault", style="bold red")
-    for compiled, faults in found:
-        table.add_row(
-            compiled.kernel,
-            compiled.variant,
-            compiled.architecture,
-            compiled.blocks,
-            str(compiled.warps),
-            str(compiled.registers),
-            str(compiled.spilled),
-            f"{compiled.shared / KIB:.1f}",
-            compiled.matrix_instruction,
-            ", ".join(faults),
+def tables_of(found: list[tuple[Compiled, list[str]]]) -> Iterator[Table]:
+    """One an architecture."""
+    for architecture in dict.fromkeys(compiled.architecture for compiled, _ in found):
+        table = new_table(
+            f"{architecture}, compiled ahead of time by triton {triton.__version__}, no GPU needed",
+            *("kernel", "blocks", "warps", "registers", "spilled\nB", "shared\nKiB", "matrix"),
         )
-    return table
+        for compiled, faults in found:
+            if compiled.architecture == architecture:
+                name = ": ".join(filter(None, (compiled.kernel, compiled.variant)))
+                table.add_row(
+                    "\n".join([name, *(f"[bold red]{fault}[/]" for fault in faults)]),
+                    compiled.blocks,
+                    str(compiled.warps),
+                    str(compiled.registers),
+                    str(compiled.spilled),
+                    f"{compiled.shared / KIB:.1f}",
+                    compiled.matrix_instruction,
+                )
+        yield table
 
 
 def write(found: list[tuple[Compiled, list[str]]], path: Path) -> None:

@@ -15,6 +15,8 @@ import torch
 from fastpref.planner import Problem, make_plan, naive_bytes, workspace_bytes
 
 TRL_ROWS, TRL_COLUMNS = 4096, 32768
+# Of one batch: beyond them lies no GPU, and a plan goes through its pairs one by one.
+MOST_PAIRS, MOST_TOKENS = 2**14, 2**26
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,12 @@ def estimates(problem: Problem, budget: int | None = None) -> list[Estimate]:
 
 
 def largest_batch(name: str, problem: Problem, free: int, budget: int | None = None) -> int:
-    """The most pairs whose hidden states and peak fit into `free` bytes; 0 if none does."""
+    """The most pairs whose hidden states and peak fit into `free` bytes; 0 if none does.
+
+    Never more than `MOST_PAIRS`, nor pairs of more than `MOST_TOKENS`.
+    """
     of_pair = problem.counts[:2]
+    most = min(MOST_PAIRS, MOST_TOKENS // sum(of_pair))
 
     def fits(pairs: int) -> bool:
         rows = pairs * sum(of_pair)
@@ -131,8 +137,9 @@ def largest_batch(name: str, problem: Problem, free: int, budget: int | None = N
         return hidden + peak <= free
 
     low, high = 0, 1
-    while high <= 2**14 and fits(high):
+    while high <= most and fits(high):
         low, high = high, 2 * high
+    high = min(high, most + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

@@ -1,33 +1,50 @@
-"""`fastpref train`: a preference-tuning run from a checkpoint and a JSONL file to curves."""
+"""`fastpref train`: a preference-tuning run from a checkpoint and a file of pairs to curves."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import platform
+import tempfile
 import time
 import warnings
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from fastpref.commands.data import read_pairs
+from fastpref.commands.data import Pair, read_pairs, shortened
+from fastpref.commands.tables import new_table, show
+from fastpref.domains import Domain, check_fields, number
 from fastpref.objectives import make_objective
+
+if TYPE_CHECKING:
+    from fastpref.commands.resume import Checkpoint
 
 CURVES = "curves.png"
 RESULTS = "results.json"
+DTYPES = ("auto", "float32", "bfloat16")
+LORA_RANK = 16
 
 
 @dataclass
 class TrainSettings:
-    """What `fastpref train` takes; hyperparameters not given keep the objective's defaults."""
+    """What `fastpref train` takes; hyperparameters not given keep the objective's defaults.
+
+    `dtype` is that of the model's products and of every weight that does not train. Weights that
+    train are float32 whatever it is: a bfloat16 has 8 bits, and at a learning rate of 1e-6 an
+    update reaches the last of them in 0.4 % of SmolLM2-135M's weights.
+
+    Raises:
+        ValueError, TypeError: a number out of its range, or two settings that contradict each
+            other.
+    """
 
     model: str
     data: Path
@@ -35,25 +52,41 @@ class TrainSettings:
     objective: str = "unidpo"
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     eval_data: Path | None = None
-    holdout: int = 0
-    epochs: float = 1.0
-    max_steps: int = -1
-    learning_rate: float = 1e-6
-    batch_size: int = 2
-    grad_accum: int = 1
-    max_length: int = 1024
+    holdout: int = number(0, at_least=0, whole=True)
+    epochs: float = number(1.0, above=0)
+    max_steps: int = number(-1, at_least=-1, whole=True)
+    learning_rate: float = number(1e-6, at_least=0)
+    batch_size: int = number(2, at_least=1, whole=True)
+    grad_accum: int = number(1, at_least=1, whole=True)
+    max_length: int = number(1024, at_least=1, whole=True)
     lora: bool = False
-    lora_rank: int = 16
-    bf16: bool = False
+    lora_rank: int | None = None  # LORA_RANK where `lora`
+    dtype: str = "auto"
     gradient_checkpointing: bool = False
     precompute_ref: bool = True
     schedule: str = "auto"
-    seed: int = 0
+    seed: int = number(0, at_least=0, below=2**32, whole=True)
     resume: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.max_steps == 0:
+            raise ValueError("max_steps must be at least 1, or -1 for what epochs says, got 0")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.lora_rank is not None and not self.lora:
+            raise ValueError("lora_rank is that of adapters, which only lora trains")
+        if self.lora:
+            self.lora_rank = LORA_RANK if self.lora_rank is None else self.lora_rank
+            Domain(at_least=1, whole=True).check("lora_rank", self.lora_rank)
+        if self.holdout and self.eval_data is not None:
+            raise ValueError("holdout and eval_data are two ways to say what to evaluate on")
 
 
 def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
     """Trains, evaluates before and after, and writes model, curves and numbers to `output`.
+
+    A run that is finished is not trained again: what it reached is shown, and nothing is written.
 
     Returns:
         What `results.json` holds: settings, versions, evaluation before and after, one record a
@@ -61,19 +94,39 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
     """
     _keep_quiet()
     objective = make_objective(settings.objective, **settings.hyperparameters)
-    train_pairs, eval_pairs, eval_name = _read(settings, objective.needs_scores)
+    train_pairs, eval_pairs, eval_name = _read(settings, objective.needs_scores, console)
+    check_directory(settings.output)
+    check_model(settings.model)
+    from fastpref.commands.resume import KeepRun, describe_run, find_checkpoint
+
+    dtype = _dtype(settings.dtype)
+    run = describe_run(settings, dtype, objective, train_pairs) if settings.resume else None
+    checkpoint = None if run is None else find_checkpoint(settings.output, run)
+    finished = checkpoint is not None and checkpoint.reaches(settings)
+    results = _results_of(settings.output, run, checkpoint) if finished else None
+    if results is not None:
+        reached = f"{checkpoint.state.global_step} steps, {checkpoint.state.epoch:.3g} epochs"
+        console.print(f"this run is finished: {reached} are trained, and no more was asked for")
+        _report(settings.output, results, console)
+        return results
+
     with console.status("loading the model, reference log-probabilities"):
-        trainer = _make_trainer(settings, train_pairs, eval_pairs)
+        trainer = _make_trainer(settings, dtype, train_pairs, eval_pairs, eval_name, console)
+    console.print(f"[bold]{objective!r}[/bold]", highlight=False)
     console.print(
-        f"[bold]{type(objective).__name__}[/bold] on {len(train_pairs)} pairs, "
-        f"{_parameters(trainer.model)}, evaluated on {len(eval_pairs)} {eval_name} pairs"
+        f"on {len(trainer.train_dataset)} pairs, {_parameters(trainer.model)}, {dtype}, "
+        f"evaluated on {len(trainer.eval_dataset)} {eval_name} pairs"
     )
     with console.status("evaluating before training"):
         before = _evaluate(trainer)
     started = time.monotonic()
-    with _progress(console) as progress:
-        trainer.add_callback(_progress_callback(progress))
-        trainer.train(resume_from_checkpoint=_checkpoint(settings))
+    if finished:  # but was interrupted before its end was evaluated
+        trainer._load_from_checkpoint(str(checkpoint.path))
+        trainer.state = checkpoint.state
+    else:
+        if run is not None:
+            trainer.add_callback(KeepRun(run))
+        _train(trainer, checkpoint, console)
     seconds = time.monotonic() - started
     after = _evaluate(trainer)
     trainer.save_model(str(settings.output))
@@ -81,32 +134,79 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     results = {
         "settings": json.loads(json.dumps(dataclasses.asdict(settings), default=str)),
+        "run": run,
         "objective": repr(objective),
+        "dtype": dtype,
+        "rewards_per_token": getattr(objective, "length_normalized", False),
         "versions": {name: version(name) for name in ("fastpref", "torch", "transformers", "trl")},
         "hardware": {"machine": platform.processor() or platform.machine(), "device": _device()},
         "evaluated_on": eval_name,
         "before": before,
         "after": after,
+        "resumed_from_step": 0 if checkpoint is None else checkpoint.state.global_step,
         "train_seconds": seconds,
         "steps": history,
     }
+    draw_curves(
+        history,
+        settings.output / CURVES,
+        title=type(objective).__name__,
+        per_token=results["rewards_per_token"],
+    )
     (settings.output / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
-    draw_curves(history, settings.output / CURVES, title=type(objective).__name__)
-    console.print(_result_table(before, after, eval_name))
-    console.print(f"{len(history)} steps in {seconds:.0f} s")
-    console.print(f"curves  {settings.output / CURVES}", soft_wrap=True)
-    console.print(f"numbers {settings.output / RESULTS}", soft_wrap=True)
+    _report(settings.output, results, console)
     return results
 
 
+def _train(trainer: Any, checkpoint: Checkpoint | None, console: Console) -> None:
+    if checkpoint is not None:
+        console.print(f"continues after step {checkpoint.state.global_step}")
+    with _progress(console) as progress:
+        trainer.add_callback(_progress_callback(progress))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
+
+
+def _results_of(output: Path, run: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What this very run wrote at its end, if it came so far."""
+    path = output / RESULTS
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if results.get("run") != run or results["steps"][-1]["step"] != checkpoint.state.global_step:
+        return None
+    return results
+
+
+# --- what a run needs ---------------------------------------------------------------------------
+
+
+def check_directory(directory: Path) -> None:
+    """Makes it, and raises an OSError if nothing can be written there: before hours are spent."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=directory).close()
+
+
+def check_model(model: str) -> None:
+    """Raises a FileNotFoundError for a directory without a model."""
+    directory = Path(model)
+    configs = ("config.json", "adapter_config.json")
+    if directory.is_dir() and not any((directory / name).exists() for name in configs):
+        raise FileNotFoundError(f"no model in the directory {model}: it has no config.json")
+
+
+def _dtype(name: str) -> str:
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    if name == "auto":
+        return "bfloat16" if is_torch_bf16_gpu_available() else "float32"
+    return name
+
+
 def _read(
-    settings: TrainSettings, needs_scores: bool
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
+    settings: TrainSettings, needs_scores: bool, console: Console
+) -> tuple[list[Pair], list[Pair], str]:
     """Training pairs, evaluation pairs and what to call those."""
-    pairs = read_pairs(settings.data, needs_scores=needs_scores)
+    pairs = _read_file(settings.data, needs_scores, console)
     if settings.eval_data is not None:
-        held_out = read_pairs(settings.eval_data, needs_scores=needs_scores)
-        return pairs, held_out, "held-out"
+        return pairs, _read_file(settings.eval_data, needs_scores, console), "held-out"
     if settings.holdout:
         if settings.holdout >= len(pairs):
             raise ValueError(f"holdout={settings.holdout} leaves none of {len(pairs)} pairs")
@@ -114,29 +214,42 @@ def _read(
     return pairs, pairs, "training"
 
 
+def _read_file(path: Path, needs_scores: bool, console: Console) -> list[Pair]:
+    pairs, unused = read_pairs(path, needs_scores=needs_scores)
+    if unused:
+        console.print(
+            f"{path}: columns not used: {', '.join(unused)}", soft_wrap=True, markup=False
+        )
+    return pairs
+
+
 def _keep_quiet() -> None:
     """One progress bar, ours: libraries keep theirs, and deprecations among themselves, quiet."""
     import datasets
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     datasets.disable_progress_bars()
-    logging.disable_progress_bar()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs the errors that it raises
+    transformers_logging.disable_progress_bar()
     os.environ["TQDM_DISABLE"] = "1"  # TRL's bar over reference log-probabilities
     for library in ("transformers", "trl", "torch.utils.data"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
 
 
 def _make_trainer(
-    settings: TrainSettings, train_pairs: list[dict[str, Any]], eval_pairs: list[dict[str, Any]]
+    settings: TrainSettings,
+    dtype: str,
+    train_pairs: list[Pair],
+    eval_pairs: list[Pair],
+    eval_name: str,
+    console: Console,
 ) -> Any:
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.trainer_callback import PrinterCallback
 
-    from fastpref.trl import PreferenceConfig, PreferenceTrainer
+    from fastpref.trl import PreferenceConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
     config = PreferenceConfig(
         output_dir=str(settings.output),
         objective=settings.objective,
@@ -151,7 +264,7 @@ def _make_trainer(
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.grad_accum,
         max_length=settings.max_length,
-        bf16=settings.bf16,
+        bf16=dtype == "bfloat16",
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
         gradient_checkpointing=settings.gradient_checkpointing,
@@ -172,12 +285,17 @@ def _make_trainer(
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-    conversational = tokenizer.chat_template is not None
-    trainer = PreferenceTrainer(
-        model,
+    tokenizer = _tokenizer(settings.model)
+    rows = [
+        Dataset.from_list(_examples(pairs, tokenizer.chat_template is not None))
+        for pairs in (train_pairs, eval_pairs)
+    ]
+    weights = getattr(torch, dtype) if settings.lora else torch.float32
+    trainer = _trainer_class(eval_name, console)(
+        AutoModelForCausalLM.from_pretrained(settings.model, dtype=weights),
         args=config,
-        train_dataset=Dataset.from_list([_example(pair, conversational) for pair in train_pairs]),
-        eval_dataset=Dataset.from_list([_example(pair, conversational) for pair in eval_pairs]),
+        train_dataset=rows[0],
+        eval_dataset=rows[1],
         processing_class=tokenizer,
         peft_config=peft_config,
     )
@@ -185,26 +303,88 @@ def _make_trainer(
     return trainer
 
 
-def _example(pair: dict[str, Any], conversational: bool) -> dict[str, Any]:
-    """Text becomes a chat of one turn for a model that has a chat template."""
-    if not conversational or not isinstance(pair["prompt"], str):
-        return pair
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    chat = {name: [{"role": role, "content": pair[name]}] for name, role in roles.items()}
-    return pair | chat
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (ValueError, OSError) as problem:
+        reason = str(problem).strip().splitlines()[0]
+        raise ValueError(f"no tokenizer at {model}: {reason}") from None
 
 
-def _checkpoint(settings: TrainSettings) -> str | None:
-    """Where to continue from, None at the start."""
-    from transformers.trainer_utils import get_last_checkpoint
+def _examples(pairs: list[Pair], has_template: bool) -> list[dict[str, Any]]:
+    """Rows for the trainer: messages, or text. A model with a chat template gets a chat of text."""
+    rows = []
+    for pair in pairs:
+        row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        is_text = isinstance(pair.prompt, str)
+        if not (is_text or has_template):
+            raise ValueError(
+                f"{pair.place} holds messages, and the model's tokenizer has no chat template"
+            )
+        if is_text and has_template and not pair.continues:
+            roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+            row = {name: [{"role": roles[name], "content": row[name]}] for name in roles}
+        if rows and type(row["prompt"]) is not type(rows[0]["prompt"]):
+            raise ValueError(
+                f"{pair.place} is of another kind than {pairs[0].place}: one holds a conversation, "
+                "the other text with an implicit prompt"
+            )
+        if pair.scores is not None:
+            row["score_chosen"], row["score_rejected"] = pair.scores
+        rows.append(row | {"place": pair.place})
+    return rows
 
-    if not settings.resume or not settings.output.is_dir():
-        return None
-    return get_last_checkpoint(str(settings.output))
+
+def _trainer_class(eval_name: str, console: Console) -> type:
+    """A trainer that says which pairs `max_length` cuts, and which it leaves out, as TRL does."""
+    from fastpref.trl import PreferenceTrainer
+
+    class SayingTrainer(PreferenceTrainer):
+        def _prepare_dataset(
+            self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+        ) -> Any:
+            prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            name = "training" if dataset_name == "train" else eval_name
+            left_out = _left_out(dataset, prepared, name, args.max_length)
+            if not len(prepared):
+                raise ValueError(left_out)
+            if (name == "training") == (dataset_name == "train"):  # pairs of both are named once
+                for text in (left_out, _cut(prepared, name, args.max_length)):
+                    if text:
+                        console.print(text, style="yellow", soft_wrap=True, markup=False)
+            return prepared
+
+    return SayingTrainer
+
+
+def _left_out(dataset: Any, prepared: Any, name: str, max_length: int) -> str:
+    """TRL drops a pair whose prompt alone fills `max_length`: nothing to learn would be left."""
+    kept = set(prepared["place"])
+    places = [place for place in dataset["place"] if place not in kept]
+    if not places:
+        return ""
+    return (
+        f"{len(places)} of {len(dataset)} {name} pairs are left out, their prompts have "
+        f"max_length={max_length} tokens or more:\n  " + "\n  ".join(shortened(places))
+    )
+
+
+def _cut(prepared: Any, name: str, max_length: int) -> str:
+    lengths = zip(
+        prepared["prompt_ids"], prepared["chosen_ids"], prepared["rejected_ids"], strict=True
+    )
+    cut = sum(len(p) + max(len(c), len(r)) > max_length for p, c, r in lengths)
+    if not cut:
+        return ""
+    return f"responses of {cut} {name} pairs are cut, they end beyond max_length={max_length}"
 
 
 def _evaluate(trainer: Any) -> dict[str, float]:
-    metrics = trainer.evaluate()
+    # Before training, and beside a live reference, the trainer would leave the policy in float32.
+    with trainer.accelerator.autocast():
+        metrics = trainer.evaluate()
     return {
         name.removeprefix("eval_"): value
         for name, value in metrics.items()
@@ -212,10 +392,13 @@ def _evaluate(trainer: Any) -> dict[str, float]:
     }
 
 
+# --- what a run shows ---------------------------------------------------------------------------
+
+
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("training"),
-        BarColumn(),
+        BarColumn(20),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[numbers]}"),
@@ -240,23 +423,32 @@ def _progress_callback(progress: Progress) -> Any:
     return ShowProgress()
 
 
-def _result_table(before: dict[str, float], after: dict[str, float], eval_name: str) -> Table:
-    table = Table(title=f"{eval_name} pairs")
-    for column in ("", "before", "after", "change"):
-        table.add_column(column, justify="left" if not column else "right")
+def _report(output: Path, results: dict[str, Any], console: Console) -> None:
+    """Of a run just finished, or finished before."""
+    before, after = results["before"], results["after"]
+    table = new_table(f"{results['evaluated_on']} pairs", "", "before", "after", "change")
+    of_rewards = "reward margin" + " (per token)" * results["rewards_per_token"]
     for label, name in (
         ("loss", "loss"),
         ("reward accuracy", "rewards/accuracies"),
-        ("reward margin", "rewards/margins"),
+        (of_rewards, "rewards/margins"),
         ("chosen log-probability (nats)", "logps/chosen"),
         ("rejected log-probability (nats)", "logps/rejected"),
     ):
         old, new = before[name], after[name]
         table.add_row(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
-    return table
+    show(console, table)
+    first = results["resumed_from_step"]
+    trained = results["steps"][-1]["step"] - first
+    after_first = f", after {first} of an earlier part" if first else ""
+    console.print(f"{trained} steps in {results['train_seconds']:.0f} s{after_first}")
+    console.print(f"curves  {output / CURVES}", soft_wrap=True)
+    console.print(f"numbers {output / RESULTS}", soft_wrap=True)
 
 
-def draw_curves(history: list[dict[str, float]], path: Path, *, title: str) -> None:
+def draw_curves(
+    history: list[dict[str, float]], path: Path, *, title: str, per_token: bool
+) -> None:
     """Loss, reward margin with accuracy, and log-probabilities over the steps, as a PNG.
 
     A batch is small and its pairs differ: steps are drawn thin, means over a tenth of the run bold.
@@ -282,7 +474,7 @@ def draw_curves(history: list[dict[str, float]], path: Path, *, title: str) -> N
         panel.plot(steps, _running_mean(values, window), color=colour, label=label, linewidth=2)
     for panel, heading in (
         (panels[0], "loss"),
-        (panels[1], "reward"),
+        (panels[1], "reward (per token)" if per_token else "reward"),
         (panels[2], "log-probability of a response (nats)"),
     ):
         panel.set_title(heading)

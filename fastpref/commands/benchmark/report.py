@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastpref.commands.benchmark.measure import BASELINE
 from fastpref.commands.benchmark.peers import OURS
 from fastpref.commands.plan import GPUS, estimates, problem_for
+from fastpref.commands.tables import new_table, show
 
 MB = 1e6
 # Pages of code and threads differ from process to process.
@@ -23,22 +25,26 @@ MEMORY_NOISE = 1.02
 
 def print_report(results: dict[str, Any], console: Console) -> None:
     """Tables of a run: one a workload and a sweep, accuracy, training, and what was skipped."""
-    for workload in dict.fromkeys(entry["workload"] for entry in results["speed"]):
-        console.print(_workload_table(results, workload))
-    for axis in dict.fromkeys(entry["axis"] for entry in results["sweeps"]):
-        console.print(_sweep_table(results, axis))
-    for table in _accuracy_tables(results):
-        console.print(table)
-    if results["training"]:
-        console.print(_training_table(results))
+    for table in _tables(results):
+        show(console, table)
+        console.print()
     for why, names in _skipped(results).items():
-        console.print(f"[dim]not run: {', '.join(names)}: {why}[/dim]")
+        console.print(f"[dim]not run: {', '.join(names)}: {escape(why)}[/dim]")
+
+
+def _tables(results: dict[str, Any]) -> Iterator[Table]:
+    for workload in dict.fromkeys(entry["workload"] for entry in results["speed"]):
+        yield _workload_table(results, workload)
+    for axis in dict.fromkeys(entry["axis"] for entry in results["sweeps"]):
+        yield _sweep_table(results, axis)
+    yield from _accuracy_tables(results)
+    if results["training"]:
+        yield _training_table(results)
 
 
 def _workload_table(results: dict[str, Any], workload: str) -> Table:
-    table = Table(title=workload, title_justify="left")
-    for heading in ("", "forward", "forward + backward", "of naive", "peak MB", "of naive"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    headings = ("forward\ns", "and back\ns", "of naive", "peak\nMB", "of\nnaive")
+    table = new_table(workload, "", *headings)
     timed = {
         (entry["peer"], entry["phase"]): entry
         for entry in results["speed"]
@@ -52,13 +58,13 @@ def _workload_table(results: dict[str, Any], workload: str) -> Table:
     for peer in dict.fromkeys(peer for peer, _ in timed):
         whole = timed[peer, "forward + backward"]
         cells = [
-            f"{statistics.median(timed[peer, 'forward']['seconds']):.3g} s",
-            f"{statistics.median(whole['seconds']):.3g} s",
+            f"{statistics.median(timed[peer, 'forward']['seconds']):.3g}",
+            f"{statistics.median(whole['seconds']):.3g}",
             _ratio(whole["ratio"]),
             f"{memory[peer] / MB:,.0f}" if peer in memory else "",
             f"{memory[peer] / memory[BASELINE]:.2f}" if {peer, BASELINE} <= set(memory) else "",
         ]
-        table.add_row(peer, *cells, style="bold" if peer in OURS else None)
+        table.add_row(peer, *map(escape, cells), style="bold" if peer in OURS else None)
     return table
 
 
@@ -66,23 +72,20 @@ def _sweep_table(results: dict[str, Any], axis: str) -> Table:
     of_axis = [entry for entry in results["sweeps"] if entry["axis"] == axis]
     found = {(entry["peer"], entry["size"]): entry for entry in of_axis}
     sizes = sorted({size for _, size in found})
-    table = Table(title=f"MB and seconds against {axis}", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for size in sizes:
-        table.add_column(f"{size:,}", justify="right", no_wrap=True)
+    table = new_table(f"MB, and seconds, against {axis}", "", *(f"{size:,}" for size in sizes))
     for peer in dict.fromkeys(entry["peer"] for entry in of_axis):
         entries = [found.get((peer, size)) for size in sizes]
-        cells = [f"{e['bytes'] / MB:,.0f}  {e['seconds']:.2f}" if e else "" for e in entries]
+        cells = [f"{e['bytes'] / MB:,.0f}\n{e['seconds']:.2f} s" if e else "" for e in entries]
         table.add_row(peer, *cells, style="bold" if peer in OURS else None)
     return table
 
 
 def _accuracy_tables(results: dict[str, Any]) -> Iterator[Table]:
     for kind in dict.fromkeys((entry["dtype"], entry["inputs"]) for entry in results["accuracy"]):
-        table = Table(title=f"error against float64: {', '.join(kind)}", title_justify="left")
-        table.add_column("nats; gradients relative", no_wrap=True)
-        for heading in ("token", "response", "loss", "dH", "dW"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        table = new_table(
+            f"error against float64: {', '.join(kind)}",
+            *("nats; gradients relative", "token", "response", "loss", "dH", "dW"),
+        )
         for entry in results["accuracy"]:
             if (entry["dtype"], entry["inputs"]) == kind:
                 keys = ("token_logps", "response_logps", "loss", "grad_hidden", "grad_weight")
@@ -94,15 +97,17 @@ def _accuracy_tables(results: dict[str, Any]) -> Iterator[Table]:
 
 
 def _training_table(results: dict[str, Any]) -> Table:
-    table = Table(title="whole training step, SmolLM2-135M, 2 pairs of 256 tokens")
-    for heading in ("", "method", "a step", "of DPOTrainer", "peak MB"):
-        table.add_column(heading, justify="left" if heading in ("", "method") else "right")
+    table = new_table(
+        "whole training step, SmolLM2-135M, 2 pairs of 256 tokens",
+        *("", "method", "a step", "of DPOTrainer", "peak MB"),
+        text=2,
+    )
     for entry in results["training"]:
         table.add_row(
             entry["peer"],
             entry["method"],
             f"{statistics.median(entry['seconds']):.2f} s",
-            _ratio(entry["ratio"]),
+            escape(_ratio(entry["ratio"])),
             f"{entry['bytes'] / MB:,.0f}",
         )
     return table

@@ -1,0 +1,116 @@
+"""What a checkpoint was made with, and whether a run may take it up.
+
+What decides where the weights go must stay: model, training pairs, objective with every
+hyperparameter, learning rate, batch, adapters, precision, seed. The length may change: the learning
+rate then follows the cosine of the new length from the step that was reached. Where files lie,
+what is evaluated on, and what only trades memory for time may change too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import get_last_checkpoint
+
+from fastpref.commands.data import Pair
+from fastpref.objectives import Objective
+
+if TYPE_CHECKING:
+    from fastpref.commands.train import TrainSettings
+
+_RUN = "fastpref_run.json"
+_SETTINGS = ("learning_rate", "batch_size", "grad_accum", "max_length", "lora_rank", "seed")
+_MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The last checkpoint of a run."""
+
+    path: Path
+    state: TrainerState
+
+    def reaches(self, settings: TrainSettings) -> bool:
+        """The length asked for is trained already."""
+        if settings.max_steps > 0:
+            return self.state.global_step >= settings.max_steps
+        return self.state.epoch >= settings.epochs
+
+
+def describe_run(
+    settings: TrainSettings, dtype: str, objective: Objective, pairs: list[Pair]
+) -> dict[str, Any]:
+    """What must be the same in every part of a run, by name, as JSON has it."""
+    run = {
+        "model": _digest_of_model(settings.model),
+        "data": f"{len(pairs)} pairs, sha256 {_digest_of_pairs(pairs)}",
+        "objective": type(objective).__name__,
+        **dataclasses.asdict(objective),
+        **{name: getattr(settings, name) for name in _SETTINGS},
+        "dtype": dtype,
+    }
+    return json.loads(json.dumps(run))
+
+
+def find_checkpoint(output: Path, run: dict[str, Any]) -> Checkpoint | None:
+    """The last checkpoint in `output`, None where there is none.
+
+    Raises:
+        ValueError: it was made by another run; the message names every difference.
+    """
+    found = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if found is None:
+        return None
+    path = Path(found)
+    kept = path / _RUN
+    if not kept.exists():
+        raise ValueError(f"{path} cannot be resumed: it has no {_RUN}, which says what made it")
+    was = json.loads(kept.read_text())
+    differences = [
+        f"  {name}: {was[name]} in the checkpoint, {now} asked for"
+        for name, now in run.items()
+        if name in was and was[name] != now
+    ]
+    if differences:
+        lines = "\n".join(differences)
+        raise ValueError(
+            f"{path} is of another run and cannot be continued; give another output, or what was "
+            f"given then:\n{lines}"
+        )
+    return Checkpoint(path, TrainerState.load_from_json(str(path / "trainer_state.json")))
+
+
+class KeepRun(TrainerCallback):
+    """Writes what describes the run beside the weights of every checkpoint."""
+
+    def __init__(self, run: dict[str, Any]) -> None:
+        self.run = run
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (directory / _RUN).write_text(json.dumps(self.run, indent=2) + "\n")
+
+
+def _digest_of_model(model: str) -> str:
+    """Of weights, config and tokenizer, wherever they lie; a name on a hub stands for itself."""
+    directory = Path(model)
+    if not directory.is_dir():
+        return model
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in _MODEL_FILES for path in directory.glob(pattern)):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256 {digest.hexdigest()[:16]}"
+
+
+def _digest_of_pairs(pairs: list[Pair]) -> str:
+    """Of what is trained on, not of where it stands."""
+    content = [dataclasses.asdict(dataclasses.replace(pair, place="")) for pair in pairs]
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]
