@@ -6,13 +6,15 @@ u_out that of the result's dtype (at least half its smallest number), z the larg
 error of `reference` itself in float32 on the same inputs, carried over to other accumulators in
 proportion to u: it measures how the problem amplifies rounding, for whatever computes it. Allowed:
 
-    log-probabilities   δ = 2 E + u (1 + z) n + u max|ℓ|        one rounding of each token's logit
+    log-probabilities   δ = 2 E + u (1 + z) n + ε + u max|ℓ|    one rounding of each token's logit
     loss                2 E + Σ |L(ℓ ± δ) − L(ℓ)| + 2 u max|L|  what δ does to the objective
     gradients           2 E + (u (1 + z) + ρ + u_out) max|x|    what δ does to its coefficients: ρ,
-                          + 2 ε max Σ |coef| p |w|              and the final rounding; and what ε,
-                                                                u (1 + z) and E's part of logits,
+                          + 2 ε max Σ |coef| p |w|              and the final rounding; and what ε
                                                                 does to p, beside which 1 − p may
                                                                 be small
+
+ε = u (1 + z) + 2 E of any logit is what one logit may be off: of a single token's log-probability E
+is too small a sample. Logits are computed twice, once for the log-sum-exp and once more for p.
 
 Where products multiply half-precision operands, the gradient G of the logits is one of them: its
 rounding adds max u_out |G|ᵀ|h| to what ∂W may be off, and max u_out |G||W| to ∂h.
@@ -217,10 +219,15 @@ def _allowed(
     scalars = {name: batch.options[name] for name in _SCALARS if name in batch.options}
     z = reference.logits(wide.hidden.flatten(0, -2), wide.weight, bias=wide.bias, **scalars)
     of_logit = u * (1 + z.abs().max().item())
+    single = _cast(batch, torch.float32)
+    plain_z = reference.logits(
+        single.hidden.flatten(0, -2), single.weight, bias=single.bias, **scalars
+    )
+    epsilon = of_logit + 2 * scale * _distance(plain_z, z)
 
     logps = truth.output.logps.detach()
     delta = amplified["ℓ"] + of_logit * truth.output.lengths.max().item()
-    delta += u * logps.abs().max().item()
+    delta += epsilon + u * logps.abs().max().item()
     losses, coefs = _weigh(objective, batch, truth, logps)
     of_losses = of_coefs = 0.0
     for sequence in range(len(logps)):
@@ -239,15 +246,9 @@ def _allowed(
         result = torch.finfo(leaves[name].dtype)
         rounding = max(result.eps / 2 * largest, result.smallest_normal * result.eps / 2)
         allowed[name] = amplified[name] + (of_logit + of_coefs) * largest + rounding
-    single = _cast(batch, torch.float32)
-    plain_z = reference.logits(
-        single.hidden.flatten(0, -2), single.weight, bias=single.bias, **scalars
-    )
-    # Computed twice, and in another order each time: once for the log-sum-exp, once more for p.
-    of_probability = 2 * (scale * _distance(plain_z, z) + of_logit)
     for name, error in probability_errors(wide, coefs, scalars).items():
         if name in allowed:
-            allowed[name] += of_probability * error
+            allowed[name] += 2 * epsilon * error
     if dtype.itemsize == 2 and multiplies_half(batch.hidden.device.type):
         for name, error in rounded_operand_errors(wide, coefs, scalars, dtype).items():
             if name in allowed:
