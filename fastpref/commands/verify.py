@@ -9,15 +9,16 @@ proportion to u: it measures how the problem amplifies rounding, for whatever co
     log-probabilities   δ = 2 E + u (1 + z) n + ε + u max|ℓ|    one rounding of each token's logit
     loss                2 E + Σ |L(ℓ ± δ) − L(ℓ)| + 2 u max|L|  what δ does to the objective
     gradients           2 E + (u (1 + z) + ρ + u_out) max|x|    what δ does to its coefficients: ρ,
-                          + 2 ε max Σ |coef| p |w|              and the final rounding; and what ε
-                                                                does to p, beside which 1 − p may
-                                                                be small
+                          + 2 ε max Σ |coef| p |w|              and the final rounding; what ε does
+                          + 3 u max Σ |coef| (p + 1ₜ) |w|       to p, beside which 1 − p may be
+                                                                small; and, under a softcap, three
+                                                                roundings of 1 − tanh²
 
 ε = u (1 + z) + 2 E of any logit is what one logit may be off: of a single token's log-probability E
 is too small a sample. Logits are computed twice, once for the log-sum-exp and once more for p.
 
-Where products multiply half-precision operands, the gradient G of the logits is one of them: its
-rounding adds max u_out |G|ᵀ|h| to what ∂W may be off, and max u_out |G||W| to ∂h.
+The gradient G of the logits is an operand of products and rounded for them: that adds max u |G|ᵀ|h|
+to what ∂W may be off and max u |G||W| to ∂h, with the u of half precision where products are of it.
 
 Twice what plain summation loses, because another order of summation is another draw. The truth's
 own error is the same with the u of float64, and is allowed on top.
@@ -246,13 +247,15 @@ def _allowed(
         result = torch.finfo(leaves[name].dtype)
         rounding = max(result.eps / 2 * largest, result.smallest_normal * result.eps / 2)
         allowed[name] = amplified[name] + (of_logit + of_coefs) * largest + rounding
-    for name, error in probability_errors(wide, coefs, scalars).items():
+    of_slope = 3 * u if scalars.get("softcap") else 0.0
+    for name, error in logit_errors(wide, coefs, scalars, 2 * epsilon, of_slope).items():
         if name in allowed:
-            allowed[name] += 2 * epsilon * error
-    if dtype.itemsize == 2 and multiplies_half(batch.hidden.device.type):
-        for name, error in rounded_operand_errors(wide, coefs, scalars, dtype).items():
-            if name in allowed:
-                allowed[name] += error
+            allowed[name] += error
+    half = dtype.itemsize == 2 and multiplies_half(batch.hidden.device.type)
+    operand = dtype if half else accumulate_dtype(dtype)
+    for name, error in rounded_operand_errors(wide, coefs, scalars, operand).items():
+        if name in allowed:
+            allowed[name] += error
     return allowed
 
 
@@ -273,17 +276,21 @@ def rounded_operand_errors(
     }
 
 
-def probability_errors(
+def logit_errors(
     batch: Batch,  # in float64
     coefs: Tensor,  # (2, B) ∂ΣL/∂ℓ
     scalars: dict[str, float],
+    of_probability: float,
+    of_slope: float,
 ) -> dict[str, float]:
-    """What a relative error of 1 in every probability can do to the gradients."""
+    """What a relative error of probabilities, and an absolute one of slopes, does to gradients."""
     scored, of_rows = _scored_rows(batch, coefs)
     hidden = batch.hidden.flatten(0, -2)[scored]
     z = reference.logits(hidden, batch.weight, bias=batch.bias, **scalars)
-    slope = scalars.get("logit_scale", 1.0) / scalars.get("temperature", 1.0)
-    moved = (slope * of_rows).abs()[:, None] * torch.softmax(z, -1)  # (n, V)
+    p = torch.softmax(z, -1)  # (n, V)
+    is_target = torch.nn.functional.one_hot(batch.targets.flatten()[scored], p.shape[1])
+    scale = scalars.get("logit_scale", 1.0) / scalars.get("temperature", 1.0)
+    moved = (scale * of_rows).abs()[:, None] * (of_probability * p + of_slope * (p + is_target))
     return {
         "∂h": _largest(moved @ batch.weight.abs()),
         "∂W": _largest(moved.T @ hidden.abs()),

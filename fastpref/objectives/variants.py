@@ -80,8 +80,8 @@ class DiscoPOP(MarginObjective):
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         margin = self.beta_of(pairs) * self.reward_margin(pairs)
-        modulation = torch.sigmoid(margin / self.tau)
-        return -logsigmoid(margin) * (1 - modulation) + torch.exp(-margin) * modulation
+        modulation, rest = torch.sigmoid(margin / self.tau), torch.sigmoid(-margin / self.tau)
+        return -logsigmoid(margin) * rest + torch.exp(-margin) * modulation
 
 
 @dataclass(frozen=True)

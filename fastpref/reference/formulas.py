@@ -146,15 +146,15 @@ def robust(pairs, *, beta, label_smoothing, balance, divergence):
 
 
 def exo(pairs, *, beta, label_smoothing, balance, divergence):
-    q = torch.sigmoid(_dpo_margin(pairs, beta, False, balance, divergence))
-    e = label_smoothing
-    return torch.xlogy(q, q / (1 - e)) + torch.xlogy(1 - q, (1 - q) / e)
+    m, e = _dpo_margin(pairs, beta, False, balance, divergence), label_smoothing
+    q, rest = torch.sigmoid(m), torch.sigmoid(-m)  # 1 − q would lose what is left of it
+    return torch.xlogy(q, q / (1 - e)) + torch.xlogy(rest, rest / e)
 
 
 def discopop(pairs, *, beta, tau, balance, divergence):
     m = _dpo_margin(pairs, beta, False, balance, divergence)
-    share = torch.sigmoid(m / tau)
-    return (1 - share) * _nlls(m) + share * torch.exp(-m)
+    share, rest = torch.sigmoid(m / tau), torch.sigmoid(-m / tau)
+    return rest * _nlls(m) + share * torch.exp(-m)
 
 
 def rpo(pairs, *, beta, label_smoothing, length_normalized, nll_weight, balance, divergence):
