@@ -16,6 +16,7 @@ from fastpref.backends import TOKEN_STATS, choose_backend
 from fastpref.domains import Domain
 from fastpref.objectives import Objective
 from fastpref.output import PreferenceOutput
+from fastpref.planner import check_schedule
 from fastpref.scheduled import Scheduled
 from fastpref.validation import check_head, check_objective, check_sequences
 
@@ -53,8 +54,8 @@ def preference_loss(
 
     Sequences `0..B-1` are the chosen responses, `B..2B-1` the rejected ones, in every argument and
     result; of K responses a prompt, sequence `k·B + b` is response k of prompt b. Logits are
-    `softcap·tanh(logit_scale·(W h + bias)/softcap)/temperature`. Prompt and
-    padding positions carry the target -100 and are skipped, whatever hidden holds there.
+    `softcap·tanh(logit_scale·(W h + bias)/softcap)/temperature`. Prompt and padding positions carry
+    the target -100 and are skipped, whatever hidden holds there.
 
     Args:
         hidden: final hidden states, before the LM head: `(K·B, T, H)`, or packed `(total, H)`.
@@ -239,6 +240,7 @@ def linear_logps(
 
 def _computing(backend: str, hidden: Tensor, schedule: str, logits_budget: int | None) -> Any:
     """What has the three functions: the definition where that is asked for, else the schedules."""
+    check_schedule(schedule)
     if logits_budget is not None:
         _BYTES.check("logits_budget", logits_budget)
     chosen = choose_backend(backend, hidden.device)

@@ -154,8 +154,7 @@ def make_plan(
         ValueError: an unknown schedule, one that cannot give the gradients asked for, or a budget
             that does not hold one row of logits.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}; expected one of {list(SCHEDULES)}")
+    check_schedule(schedule)
     if budget is None:
         budget = DEFAULT_BUDGET.get(problem.device, DEFAULT_ACCELERATOR_BUDGET)
     if budget < problem.row_bytes:
@@ -192,6 +191,12 @@ def make_plan(
         extra_bytes=_extra_bytes(problem, chosen, held, tile),
         naive_bytes=naive_bytes(problem),
     )
+
+
+def check_schedule(schedule: str) -> None:
+    """Raises a ValueError for a name that is none of `SCHEDULES`."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; expected one of {list(SCHEDULES)}")
 
 
 def _choose(problem: Problem, schedule: str, group_rows: int, obstacle: str) -> tuple[str, str]:

@@ -142,6 +142,17 @@ for name, low in (("logit_scale", -math.inf), ("softcap", 0.0), ("temperature", 
     CASES[f"{name} a string"] = (good(**{name: "1.0"}), f"{name} must be a number, got '1.0'")
 
 
+# What only the schedules can say.
+SCHEDULED = ("frozen head", "budget")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in (*SCHEDULED, "backend")])
+def test_the_reference_refuses_the_same(case):
+    arguments, message = CASES[case]
+    with pytest.raises((ValueError, TypeError), match=message):
+        preference_loss(**arguments, backend="reference")
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input(case, autocast):
