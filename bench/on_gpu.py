@@ -5,9 +5,9 @@
     python bench/on_gpu.py confirm --out DIR   the goals beside every peer, races, a training step
 
 Writes DIR/<stage>.json, part by part, and DIR/<stage>.txt. Called again it keeps what is done with
-the same code on the same GPU, and measures the rest. Needs torch and Triton, with
-PYTHONPATH=.:kernels/torch-ext; peers are measured where they can be imported. `--rehearse` runs the
-same code at tiny sizes on the CPU, kernels interpreted.
+the same code on the same GPU, and measures the rest. Needs torch and Triton, and nothing of this
+repository installed; peers are measured where they can be imported. `--rehearse` runs the same code
+at tiny sizes on the CPU, kernels interpreted.
 """
 
 from __future__ import annotations
@@ -46,12 +46,19 @@ def _options() -> argparse.Namespace:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, required=True, help="directory of the results")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--budget", type=float, default=470.0, help="seconds of the stage")
+    parser.add_argument("--budget", type=_seconds, default=470.0, help="seconds of the stage")
     parser.add_argument("--only", nargs="+", help="parts whose names begin so, and no others")
     # Of a worker, from its supervisor.
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--started", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
+    return value
 
 
 def _work(call: Call, rehearse: bool, only: list[str] | None) -> int:
@@ -62,7 +69,10 @@ def _work(call: Call, rehearse: bool, only: list[str] | None) -> int:
     setup = make_setup(call, rehearse)
     parts = importlib.import_module(f"gpu.{call.stage}").parts(setup)
     if only:
+        names = [part.name for part in parts]
         parts = [part for part in parts if part.name.startswith(tuple(only))]
+        if not parts:
+            sys.exit(f"no part begins with {only}; there are {names}")
     environment = setup.environment() | {"source": source(), "rehearsal": rehearse}
     return work(call, parts, environment, lambda: device_works(setup.device))
 

@@ -108,7 +108,9 @@ def work(
             record["parts"].append(entry)
         else:
             record["parts"].append(_not_run(part, "the stage ended before it") | of_here)
-    for part, entry in zip(parts, record["parts"], strict=True):
+    here = record["parts"][:]
+    record["parts"] += [before[name] for name in before.keys() - {part.name for part in parts}]
+    for part, entry in zip(parts, here, strict=True):
         if entry["status"] == "done" or entry.get("call") == call.started:
             print(f"{part.name}: {entry['status']} already", flush=True)
             continue
@@ -173,7 +175,7 @@ def supervise(call: Call, command: list[str]) -> dict[str, Any]:
 
 def _run_worker(call: Call, command: list[str]) -> int | str:
     """Its exit code, or why it was ended."""
-    worker = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    worker = subprocess.Popen(command, cwd=ROOT, env=surroundings(), start_new_session=True)
     try:
         return worker.wait(timeout=max(0, call.left()) + GRACE)
     except subprocess.TimeoutExpired:
@@ -184,10 +186,26 @@ def _run_worker(call: Call, command: list[str]) -> int | str:
             worker.wait()
 
 
-def run_for(command: list[str], seconds: float, **options: Any) -> tuple[int | None, str]:
+# --- other processes ----------------------------------------------------------------------------
+
+
+def surroundings(**variables: str) -> dict[str, str]:
+    """Environment variables under which Python finds this checkout before any other."""
+    paths = [str(ROOT), str(ROOT / "kernels/torch-ext"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | variables
+
+
+def run_for(
+    command: list[str], seconds: float, environment: dict[str, str]
+) -> tuple[int | None, str]:
     """Exit code, None where it was ended after `seconds`, and all that a command printed."""
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, **options
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=environment,
     ) as process:
         try:
             said, _ = process.communicate(timeout=max(1, seconds))

@@ -22,7 +22,20 @@ def report(record: dict[str, Any]) -> str:
         took = f", {part['seconds']:.1f} s" if "seconds" in part else ""
         lines += ["", f"== {part['name']}: {part['status']}{took}"]
         lines += _lines(part["result"]) if part["status"] == "done" else [f"   {part['why']}"]
+    for what, candidates in _ranked(record["parts"]).items():
+        lines += ["", f"== best first: {what}", *_table(candidates)]
     return "\n".join(lines) + "\n"
+
+
+def _ranked(parts: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Candidates that do the same, the fastest first."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for part in parts:
+        result = part["result"] if part["status"] == "done" else []
+        for row in result if isinstance(result, list) else []:
+            if "candidate" in row:
+                found.setdefault(row["what"], []).append(row)
+    return {what: sorted(rows, key=lambda row: row["ms"]["median"]) for what, rows in found.items()}
 
 
 def _lines(value: Any, name: str = "") -> list[str]:

@@ -1,7 +1,7 @@
 """Time, peak memory and error.
 
-Times are interleaved as `timing` does it. Peak memory on a CPU is the growth of the largest resident
-size of a fresh process over three steps; on a GPU the allocator's peak.
+Times are `timing`'s, interleaved. Peak memory on a CPU is the growth of the largest resident size of
+a fresh process over three steps; on a GPU the allocator's peak.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def peak_memory(workload: Workload, name: str, device: str, repeats: int = 2) ->
         arguments = [dataclasses.asdict(workload), name]
         found = [run_in_fresh_process(__spec__.name, arguments) for _ in range(repeats)]
     else:
-        found = [memory_growth(_make_step(workload, name, device), device) for _ in range(repeats)]
+        found = [memory_growth(make_step(workload, name, device), device) for _ in range(repeats)]
     return {
         "workload": workload.name,
         "peer": name,
@@ -212,7 +212,8 @@ def _resident(field: str) -> int:
     return int(status.split(f"{field}:")[1].split()[0]) * 1024
 
 
-def _make_step(workload: Workload, name: str, device: str) -> Callable[[], None]:
+def make_step(workload: Workload, name: str, device: str) -> Callable[[], None]:
+    """A forward and backward of a peer, after which nothing but its inputs is left."""
     inputs = make_inputs(workload, device)
     loss = PEERS[name].prepare(inputs)
 
@@ -318,4 +319,4 @@ def clear_gradients(inputs: Inputs) -> None:
 if __name__ == "__main__":
     fields, peer, threads = json.loads(sys.argv[1])
     torch.set_num_threads(threads)
-    print(memory_growth(_make_step(Workload(**fields), peer, "cpu"), "cpu"))
+    print(memory_growth(make_step(Workload(**fields), peer, "cpu"), "cpu"))
