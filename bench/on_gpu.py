@@ -64,7 +64,7 @@ def _seconds(text: str) -> float:
 def _work(call: Call, rehearse: bool, only: list[str] | None) -> int:
     if rehearse:  # before Triton is imported
         os.environ["TRITON_INTERPRET"] = "1"
-    from gpu.setup import device_works, make_setup
+    from gpu.setup import make_setup, settle
 
     setup = make_setup(call, rehearse)
     parts = importlib.import_module(f"gpu.{call.stage}").parts(setup)
@@ -74,7 +74,7 @@ def _work(call: Call, rehearse: bool, only: list[str] | None) -> int:
         if not parts:
             sys.exit(f"no part begins with {only}; there are {names}")
     environment = setup.environment() | {"source": source(), "rehearsal": rehearse}
-    return work(call, parts, environment, lambda: device_works(setup.device))
+    return work(call, parts, environment, lambda: settle(setup.device))
 
 
 if __name__ == "__main__":

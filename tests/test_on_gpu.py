@@ -1,6 +1,7 @@
 """The script for a GPU, rehearsed: nothing in it may run for the first time where time is short."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,10 +20,21 @@ STAGES = ("truth", "tune", "confirm")
 HERE = {"source": "abc", "hardware": "a GPU", "rehearsal": True}
 
 
-def run_together(*commands):
+# What may be missing where a GPU is; transformers, where that is there, brings rich and typer.
+WITHOUT = """
+import sys
+optional = ["trl", "datasets", "peft", "matplotlib", "liger_kernel"]
+if "confirm" not in sys.argv:
+    optional += ["rich", "typer", "transformers"]
+sys.modules.update(dict.fromkeys(optional))
+"""
+
+
+def run_together(*commands, **environment):
     """Each call of the script, all at once: what each printed."""
     script = [sys.executable, str(BENCH / "on_gpu.py")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes["env"] = os.environ | environment
     running = [subprocess.Popen([*script, *command], **pipes) for command in commands]
     found = [process.communicate()[0] for process in running]
     for process, said in zip(running, found, strict=True):
@@ -32,9 +44,12 @@ def run_together(*commands):
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
-    """Directory of a rehearsal of all stages."""
+    """Directory of a rehearsal of all stages, without what may be missing."""
     directory = tmp_path_factory.mktemp("on-gpu")
-    run_together(*([stage, "--out", str(directory), "--rehearse"] for stage in STAGES))
+    without = tmp_path_factory.mktemp("without")
+    (without / "sitecustomize.py").write_text(WITHOUT)
+    commands = ([stage, "--out", str(directory), "--rehearse"] for stage in STAGES)
+    run_together(*commands, PYTHONPATH=str(without))
     return directory
 
 
@@ -234,6 +249,35 @@ def test_a_candidate_that_is_not_taken_is_an_error():
     tune._expect("1,4096,8", RowsConfig(1, 4096, 8))
     with pytest.raises(RuntimeError, match="the kernels take"):
         tune._expect("1,2048,8", RowsConfig(1, 4096, 8))
+
+
+def test_device_work_is_timed_between_events_behind_a_flush(monkeypatch):
+    """In this order; the work of before has ended, and none of the call's is left."""
+    from fastpref.commands.benchmark import timing
+
+    seen = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            seen.append("event")
+
+        def elapsed_time(self, other):
+            assert other is not self
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("wait"))
+    monkeypatch.setattr(torch.Tensor, "zero_", lambda self: seen.append("flush"))
+    watch = timing.Stopwatch("meta")
+    assert watch.seconds(lambda: seen.append("call")) == 0.002
+    assert seen == ["wait", "flush", "event", "call", "event", "wait"]
+    ran = []
+    calls = {name: lambda name=name: ran.append(name) for name in "ab"}
+    assert watch.interleaved(calls, 2) == {"a": [0.002] * 2, "b": [0.002] * 2}
+    assert ran == ["a", "b"] * 3  # the first time untimed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -89,13 +89,13 @@ def source() -> str:
 
 
 def work(
-    call: Call, parts: list[Part], environment: dict[str, Any], alive: Callable[[], bool]
+    call: Call, parts: list[Part], environment: dict[str, Any], settle: Callable[[], bool]
 ) -> int:
     """Measures what is not there yet; the process's exit code.
 
     Args:
         environment: what is measured on; parts of other code or hardware are measured again.
-        alive: whether the device still computes, after a part has failed.
+        settle: lets go of what a part has left; False where the device does not compute any more.
     """
     record = call.load()
     of_here = {"source": environment["source"], "hardware": environment["hardware"]}
@@ -124,7 +124,7 @@ def work(
         call.save(record)
         _measure(part, entry)
         call.save(record)
-        if entry["status"] == "failed" and not alive():
+        if not settle():
             return AGAIN
     call.save(record)
     return 0
@@ -206,11 +206,12 @@ def run_for(
         text=True,
         cwd=ROOT,
         env=environment,
+        start_new_session=True,
     ) as process:
         try:
             said, _ = process.communicate(timeout=max(1, seconds))
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # and its own, which hold the pipe open
             said, _ = process.communicate()
             return None, said
         return process.returncode, said

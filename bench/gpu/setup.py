@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from gpu.parts import Call
 
 from fastpref.commands.benchmark import workloads
-from fastpref.commands.benchmark.measure import environment
+from fastpref.commands.benchmark.measure import environment, memory_growth
 from fastpref.commands.benchmark.peers import PEERS
 from fastpref.commands.benchmark.timing import Stopwatch, spread
 from fastpref.commands.benchmark.workloads import Workload
@@ -47,6 +48,10 @@ class Setup:
         """Of a call, repeated after a warm-up."""
         warmups = 0 if self.rehearsal else 2
         return Stopwatch(self.device).repeated(call, self.repeats, warmups)
+
+    def peak(self, step: Callable[[], object]) -> float:
+        """MB beyond what is there, the most that some steps hold."""
+        return memory_growth(step, self.device, 1 if self.rehearsal else 3) / 1e6
 
     def short_of(self, seconds: float) -> float:
         """A part's estimate: nothing takes long in a rehearsal."""
@@ -91,12 +96,14 @@ def make_setup(call: Call, rehearse: bool) -> Setup:
     )
 
 
-def device_works(device: str) -> bool:
-    """False where an error of a kernel has made the device unusable for this process."""
+def settle(device: str) -> bool:
+    """Frees what nothing refers to; False where a kernel has left the device unusable."""
+    gc.collect()
     if device == "cpu":
         return True
     try:
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         return torch.ones(8, device=device).sum().item() == 8
     except RuntimeError:
         return False

@@ -21,7 +21,6 @@ from gpu.truth import SCHEDULES, schedule_step
 from torch import Tensor
 
 from fastpref import reference
-from fastpref.commands.benchmark.measure import memory_growth
 from fastpref.commands.benchmark.workloads import Workload, make_inputs
 
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
@@ -162,13 +161,12 @@ def _forward(setup: Setup, what: str, candidate: str, forward: Forward) -> dict[
     targets = inputs.targets.flatten()
     seconds = setup.seconds(lambda: forward(hidden, weight, targets))
     rate = product_flop(setup.large) / statistics.median(seconds) / TERA
-    peak = memory_growth(lambda: forward(hidden, weight, targets), setup.device)
     return {
         "what": what,
         "candidate": candidate,
         "ms": milliseconds(seconds),
         "TFLOP/s": rate,
-        "peak MB": peak / 1e6,
+        "peak MB": setup.peak(lambda: forward(hidden, weight, targets)),
         "error": error,
         "allowed": allowed,
     }
@@ -277,7 +275,7 @@ def _budget(setup: Setup, schedule: str, budget: int) -> list[dict[str, Any]]:
             "what": f"{schedule} by budget",
             "candidate": f"{budget / 2**20:g} MiB",
             "ms": milliseconds(seconds),
-            "peak MB": memory_growth(step, setup.device) / 1e6,
+            "peak MB": setup.peak(step),
             "plan": step(),
         }
     ]

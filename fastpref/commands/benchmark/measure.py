@@ -1,7 +1,7 @@
 """Time, peak memory and error.
 
-Times are `timing`'s, interleaved. Peak memory on a CPU is the growth of the largest resident size of
-a fresh process over three steps; on a GPU the allocator's peak.
+Times are `timing`'s, interleaved. Peak memory on a CPU is the growth of the largest resident size
+of a fresh process over three steps; on a GPU the allocator's peak.
 """
 
 from __future__ import annotations
@@ -190,8 +190,8 @@ def run_in_fresh_process(module: str, arguments: list[Any]) -> int:
     return int(run.stdout.split()[-1])
 
 
-def memory_growth(step: Callable[[], None], device: str) -> int:
-    """Peak bytes of three steps beyond what is there: the GPU's allocator's, or resident ones."""
+def memory_growth(step: Callable[[], object], device: str, steps: int = MEMORY_STEPS) -> int:
+    """Peak bytes of some steps beyond what is there: the GPU's allocator's, or resident ones."""
     gc.collect()
     on_gpu = device != "cpu"
     if on_gpu:
@@ -202,7 +202,7 @@ def memory_growth(step: Callable[[], None], device: str) -> int:
     else:
         before = _resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    for _ in range(MEMORY_STEPS):
+    for _ in range(steps):
         step()
     return (torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM")) - before
 
