@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from gpu.parts import Call, python, source, supervise, work
+from gpu.parts import STATUSES, Call, python, source, supervise, work
 from gpu.tables import report
 
 STAGES = ("truth", "tune", "confirm")
@@ -37,8 +37,12 @@ def main() -> int:
     text = report(record)
     call.path.with_suffix(".txt").write_text(text)
     print(text)
-    found = [part["status"] for part in record["parts"]]
-    return int("failed" in found or "ended" in record)
+    found = {status: [] for status in STATUSES}
+    for part in record["parts"]:
+        found[part["status"]].append(part["name"])
+    for status, names in found.items():  # the end of the output is what everybody sees
+        print(f"{len(names)} {status}: {'; '.join(names)}")
+    return int(bool(found["failed"]) or "ended" in record)
 
 
 def _options() -> argparse.Namespace:

@@ -109,7 +109,8 @@ def work(
         else:
             record["parts"].append(_not_run(part, "the stage ended before it") | of_here)
     here = record["parts"][:]
-    record["parts"] += [before[name] for name in before.keys() - {part.name for part in parts}]
+    wanted = {part.name for part in parts}
+    record["parts"] += [entry for name, entry in before.items() if name not in wanted]
     for part, entry in zip(parts, here, strict=True):
         if entry["status"] == "done" or entry.get("call") == call.started:
             print(f"{part.name}: {entry['status']} already", flush=True)

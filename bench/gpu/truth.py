@@ -37,6 +37,7 @@ SCHEDULES = {
     "recompute, head frozen": (3, True),
 }
 _TOP = 12  # kernels of a table
+_BYTES_OF_A_TEST = 16e9
 
 
 def parts(setup: Setup) -> list[Part]:
@@ -272,7 +273,9 @@ def _gpu_tests(setup: Setup) -> dict[str, Any]:
         options += ["-k", "two_runs and frozen"]
         environment["FASTPREF_TEST_DEVICE"] = "cpu"
     elif importlib.util.find_spec("xdist"):
-        options += ["-n", "8"]
+        # Of float64 on a whole head each holds some GB, and keeps them.
+        memory = torch.cuda.get_device_properties(0).total_memory
+        options += ["-n", str(max(1, min(8, int(memory / _BYTES_OF_A_TEST))))]
     left = max(20.0, min(240.0, setup.call.left() - 60))
     code, said = run_for(python("-m", "pytest", *options, *files), left, environment)
     lines = said.splitlines()
