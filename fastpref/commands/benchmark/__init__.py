@@ -2,7 +2,8 @@
 
 workloads.py   heads and batches to measure on, and their inputs
 peers.py       one function a way to compute the same DPO loss
-measure.py     time (interleaved), peak memory, error against float64
+timing.py      seconds on a device, interleaved
+measure.py     time, peak memory, error against float64
 suite.py       what a run measures, part after part
 steps.py       whole training steps beside TRL's trainer
 report.py      tables, here and in the README; comparison with an earlier run

@@ -1,14 +1,14 @@
 """Time, peak memory and error.
 
-Times are interleaved: every round runs each peer once, and a ratio is formed within its round, so
-that a slow minute of a shared machine hits all alike. Peak memory on a CPU is the growth of the
-largest resident size of a fresh process over three steps; on a GPU the allocator's peak.
+Times are `timing`'s, interleaved. Peak memory on a CPU is the growth of the largest resident size
+of a fresh process over three steps; on a GPU the allocator's peak.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import gc
 import json
 import os
@@ -16,7 +16,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from fastpref import reference
 from fastpref.commands.benchmark.peers import OURS, PEERS, Loss, dpo_loss
+from fastpref.commands.benchmark.timing import Stopwatch, spread_of_ratios
 from fastpref.commands.benchmark.workloads import Inputs, Workload, make_inputs
 from fastpref.commands.plan import estimates
 
@@ -57,25 +57,15 @@ def time_peers(
         RuntimeError: fastpref itself computes something else.
     """
     inputs = make_inputs(workload, device)
-    names, skipped = runnable(names, inputs)
-    losses: dict[str, Loss] = {}
-    with torch.no_grad():
-        expected = reference_loss(inputs, torch.float64).item()
-    for name in names:
-        try:
-            loss = PEERS[name].prepare(inputs)
-            _check_result(loss, inputs, expected)  # also compiles and warms up
-            losses[name] = loss
-        except Exception as failure:
-            if name in OURS:
-                raise
-            lines = str(failure).strip().splitlines() or [""]
-            skipped[name] = f"{type(failure).__name__}: {lines[0]}"
-    seconds: dict[tuple[str, str], list[float]] = {}
-    for _ in range(rounds):
-        for name, loss in losses.items():
-            for phase, backward in (("forward", False), ("forward + backward", True)):
-                seconds.setdefault((name, phase), []).append(_seconds(loss, inputs, backward))
+    losses, skipped = checked_losses(names, inputs)
+    phases = {"forward": _forward, "forward + backward": _step}
+    calls = {
+        (name, phase): functools.partial(run, loss)
+        for name, loss in losses.items()
+        for phase, run in phases.items()
+    }
+    watch = Stopwatch(device)
+    seconds = watch.interleaved(calls, rounds, before=lambda: clear_gradients(inputs))
     entries = [
         {
             "workload": workload.name,
@@ -89,33 +79,48 @@ def time_peers(
     return entries, skipped
 
 
-def _seconds(loss: Loss, inputs: Inputs, backward: bool) -> float:
-    _clear(inputs)
-    _wait(inputs)
-    started = time.perf_counter()
-    if backward:
-        loss().backward()
-    else:
-        with torch.no_grad():
-            loss()
-    _wait(inputs)
-    return time.perf_counter() - started
+def checked_losses(names: list[str], inputs: Inputs) -> tuple[dict[str, Loss], dict[str, str]]:
+    """Losses that have run once and are right, and why each other peer is left out.
+
+    Raises:
+        RuntimeError: fastpref itself computes something else than float64 does.
+    """
+    names, skipped = runnable(names, inputs)
+    losses: dict[str, Loss] = {}
+    with torch.no_grad():
+        expected = reference_loss(inputs, torch.float64).item()
+    for name in names:
+        try:
+            loss = PEERS[name].prepare(inputs)
+            _check_result(loss, inputs, expected)  # also compiles and warms up
+            losses[name] = loss
+        except Exception as failure:
+            if name in OURS:
+                raise
+            skipped[name] = first_line(failure)
+    return losses, skipped
 
 
-def spread_of_ratios(values: list[float], baseline: list[float] | None) -> dict[str, float] | None:
-    """Median and middle half of the ratios, each within its round."""
-    if baseline is None:
-        return None
-    ratios = sorted(a / b for a, b in zip(values, baseline, strict=True))
-    low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-    return {"median": statistics.median(ratios), "low": low, "high": high}
+def first_line(failure: Exception) -> str:
+    """Kind of a failure and the first line of what it says."""
+    lines = str(failure).strip().splitlines() or [""]
+    return f"{type(failure).__name__}: {lines[0]}"
+
+
+def _forward(loss: Loss) -> None:
+    with torch.no_grad():
+        loss()
+
+
+def _step(loss: Loss) -> None:
+    loss().backward()
 
 
 def _check_result(loss: Loss, inputs: Inputs, expected: float) -> None:
     """The loss is float64's, up to what float32 or half-precision logits may lose."""
     value = loss()
     value.backward()
-    _clear(inputs)
+    clear_gradients(inputs)
     found = value.item()
     allowed = 1e-4 if inputs.hidden.dtype == torch.float32 else 5e-2
     if not abs(found - expected) <= allowed * (1 + abs(expected)):
@@ -142,7 +147,7 @@ def peak_memory(workload: Workload, name: str, device: str, repeats: int = 2) ->
         arguments = [dataclasses.asdict(workload), name]
         found = [run_in_fresh_process(__spec__.name, arguments) for _ in range(repeats)]
     else:
-        found = [memory_growth(_make_step(workload, name, device), device) for _ in range(repeats)]
+        found = [memory_growth(make_step(workload, name, device), device) for _ in range(repeats)]
     return {
         "workload": workload.name,
         "peer": name,
@@ -185,8 +190,8 @@ def run_in_fresh_process(module: str, arguments: list[Any]) -> int:
     return int(run.stdout.split()[-1])
 
 
-def memory_growth(step: Callable[[], None], device: str) -> int:
-    """Peak bytes of three steps beyond what is there: the GPU's allocator's, or resident ones."""
+def memory_growth(step: Callable[[], object], device: str, steps: int = MEMORY_STEPS) -> int:
+    """Peak bytes of some steps beyond what is there: the GPU's allocator's, or resident ones."""
     gc.collect()
     on_gpu = device != "cpu"
     if on_gpu:
@@ -197,7 +202,7 @@ def memory_growth(step: Callable[[], None], device: str) -> int:
     else:
         before = _resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    for _ in range(MEMORY_STEPS):
+    for _ in range(steps):
         step()
     return (torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM")) - before
 
@@ -207,13 +212,14 @@ def _resident(field: str) -> int:
     return int(status.split(f"{field}:")[1].split()[0]) * 1024
 
 
-def _make_step(workload: Workload, name: str, device: str) -> Callable[[], None]:
+def make_step(workload: Workload, name: str, device: str) -> Callable[[], None]:
+    """A forward and backward of a peer, after which nothing but its inputs is left."""
     inputs = make_inputs(workload, device)
     loss = PEERS[name].prepare(inputs)
 
     def step() -> None:
         loss().backward()
-        _clear(inputs)
+        clear_gradients(inputs)
 
     return step
 
@@ -297,22 +303,20 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     here = Path(__file__).parent
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
-    )
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
+        )
+    except FileNotFoundError:  # no git
+        return None
     return run.stdout.strip() or None
 
 
-def _clear(inputs: Inputs) -> None:
+def clear_gradients(inputs: Inputs) -> None:
     inputs.hidden.grad = inputs.weight.grad = None
-
-
-def _wait(inputs: Inputs) -> None:
-    if inputs.hidden.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
     fields, peer, threads = json.loads(sys.argv[1])
     torch.set_num_threads(threads)
-    print(memory_growth(_make_step(Workload(**fields), peer, "cpu"), "cpu"))
+    print(memory_growth(make_step(Workload(**fields), peer, "cpu"), "cpu"))

@@ -158,6 +158,7 @@ def _ours(schedule: str) -> Callable[[Inputs], Loss]:
                 cu_seqlens=inputs.cu_seqlens,
                 softcap=inputs.softcap,
                 schedule=schedule,
+                backend=inputs.backend,
             ).loss
 
         return loss
@@ -168,7 +169,13 @@ def _ours(schedule: str) -> Callable[[Inputs], Loss]:
 def _our_logps(inputs: Inputs) -> Tensor:
     from fastpref import linear_logps
 
-    return linear_logps(inputs.hidden, inputs.weight, inputs.targets, softcap=inputs.softcap)
+    return linear_logps(
+        inputs.hidden,
+        inputs.weight,
+        inputs.targets,
+        softcap=inputs.softcap,
+        backend=inputs.backend,
+    )
 
 
 # --- what cannot run ----------------------------------------------------------------------------

@@ -15,11 +15,8 @@ from typing import Any
 
 import torch
 
-from fastpref.commands.benchmark.measure import (
-    memory_growth,
-    run_in_fresh_process,
-    spread_of_ratios,
-)
+from fastpref.commands.benchmark.measure import memory_growth, run_in_fresh_process
+from fastpref.commands.benchmark.timing import spread_of_ratios
 
 PAIRS, PROMPT, RESPONSE = 2, 76, 180
 KINDS = ("trunk", "DPOTrainer", "PreferenceTrainer")

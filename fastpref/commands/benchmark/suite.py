@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
-
-from rich.progress import Progress
+from typing import TYPE_CHECKING, Any
 
 from fastpref.commands.benchmark.measure import (
     BASELINE,
@@ -18,6 +16,9 @@ from fastpref.commands.benchmark.measure import (
 )
 from fastpref.commands.benchmark.peers import OURS, PEERS
 from fastpref.commands.benchmark.workloads import Workload, make_inputs, real_inputs
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 CPU_SPEED = (
     Workload("smollm2-135m", 8, 256),

@@ -7,6 +7,7 @@ one half, as trained models have: never zeros, and no pair so saturated that its
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ LOGIT_DEVIATION = 6.0
 # H, V, softcap of the LM heads, from the models' published configurations.
 HEADS: dict[str, tuple[int, int, float | None]] = {
     "smollm2-135m": (576, 49152, None),
+    "smollm2-1.7b": (2048, 49152, None),
     "qwen3-0.6b": (1024, 151936, None),
     "llama-3-8b": (4096, 128256, None),
     "gemma-2-9b": (3584, 256000, 30.0),
@@ -57,10 +59,11 @@ class Workload:
         head: a key of `HEADS`.
         pairs: B.
         length: T, scored tokens of each response; 0 for the prompts and lengths of `LENGTHS`.
-        dtype: "float32" or "bfloat16".
+        dtype: "float32", "bfloat16" or "float16".
         frozen: the head requires no gradient.
         packed: sequences one after the other with offsets instead of padding.
         entries: V, 0 for the head's own.
+        backend: what computes fastpref's schedules.
     """
 
     head: str
@@ -70,12 +73,14 @@ class Workload:
     frozen: bool = False
     packed: bool = False
     entries: int = 0
+    backend: str = "auto"
 
     @property
     def name(self) -> str:
         length = f"{self.length} tokens" if self.length else "real lengths"
         batch = f"{self.pairs} pairs, {length}"
         extra = [word for word in ("frozen", "packed") if getattr(self, word)]
+        extra += [self.backend] if self.backend != "auto" else []
         vocabulary = [f"V {self.entries}"] if self.entries else []
         return ", ".join([self.head, *vocabulary, batch, self.dtype, *extra])
 
@@ -132,6 +137,7 @@ class Inputs:
     targets: Tensor  # hidden's leading shape
     softcap: float | None
     cu_seqlens: Tensor | None = None  # (2B + 1,)
+    backend: str = "auto"
 
     def on(self, dtype: torch.dtype) -> Inputs:
         """The same values in another dtype, as fresh leaves that want the same gradients."""
@@ -144,23 +150,23 @@ class Inputs:
 
 
 def make_inputs(workload: Workload, device: str, seed: int = 0) -> Inputs:
-    """Random inputs; each target's logit is the same, a little below the log-sum-exp."""
-    draw = torch.Generator().manual_seed(seed)
+    """Random inputs, drawn on the device; each target's logit is a little below the log-sum-exp."""
+    draw = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     dtype = getattr(torch, workload.dtype)
     size, vocabulary = workload.hidden_size, workload.vocabulary
-    weight = torch.randn(vocabulary, size, generator=draw) * LOGIT_DEVIATION / size**0.5
+    weight = torch.randn(vocabulary, size, **draw).mul_(LOGIT_DEVIATION / size**0.5)
     longest = max(prompt + response for prompt, response in workload.lengths)
-    hidden = torch.randn(2 * workload.pairs, longest, size, generator=draw)
-    targets = torch.full((2 * workload.pairs, longest), -100)
-    used = torch.zeros(2 * workload.pairs, longest, dtype=torch.bool)
+    hidden = torch.randn(2 * workload.pairs, longest, size, **draw)
+    targets = torch.full((2 * workload.pairs, longest), -100, device=device)
+    used = torch.zeros(2 * workload.pairs, longest, dtype=torch.bool, device=device)
+    # The log-sum-exp of V normal logits of deviation s is at most log V + s²/2.
+    wanted = math.log(vocabulary) + LOGIT_DEVIATION**2 / 2 - 2
     for row, (prompt, response) in enumerate(workload.lengths):
-        drawn = torch.randint(0, vocabulary, (response,), generator=draw)
+        drawn = torch.randint(0, vocabulary, (response,), **draw)
         targets[row, prompt : prompt + response] = drawn
         used[row, : prompt + response] = True
         direction = torch.nn.functional.normalize(weight[drawn], dim=-1)
         of_target = hidden[row, prompt : prompt + response]
-        # The log-sum-exp of V normal logits of deviation s is at most log V + s²/2.
-        wanted = torch.tensor(vocabulary).log() + LOGIT_DEVIATION**2 / 2 - 2
         along = (of_target * direction).sum(-1, keepdim=True)
         length = wanted / weight[drawn].norm(dim=-1, keepdim=True)
         of_target += (length - along) * direction
@@ -170,11 +176,12 @@ def make_inputs(workload: Workload, device: str, seed: int = 0) -> Inputs:
         ends = torch.tensor([prompt + response for prompt, response in workload.lengths]).cumsum(0)
         cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(device)
     return Inputs(
-        hidden.to(device, dtype).requires_grad_(),
-        weight.to(device, dtype).requires_grad_(not workload.frozen),
-        targets.to(device),
+        hidden.to(dtype).requires_grad_(),
+        weight.to(dtype).requires_grad_(not workload.frozen),
+        targets,
         workload.softcap,
         cu_seqlens,
+        workload.backend,
     )
 
 
