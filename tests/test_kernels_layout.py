@@ -109,3 +109,11 @@ def test_hugging_faces_kernels_loads_it(tmp_path):
     # A second copy in one process keeps its operators to itself.
     for ours, theirs in zip(fastpref_kernels.OPERATORS, loaded.OPERATORS, strict=True):
         assert ours._qualname != theirs._qualname
+
+
+def test_a_wheel_would_hold_every_folder():
+    """An editable install finds them all, so nothing else would notice one that is missing."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent for path in (ROOT / "fastpref").rglob("*.py")}
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert sorted(settings["packages"]) == sorted(names | {"fastpref_kernels"})
