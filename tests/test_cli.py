@@ -38,7 +38,12 @@ def is_png(path):
 @pytest.mark.parametrize(
     ("more", "objective", "per_token", "saved"),
     [
-        (["--eta", "0.5"], "UniDPO(balance=None, divergence=None, beta=2.0, eta=0.5", True, "config.json"),
+        (
+            ["--eta", "0.5"],
+            "UniDPO(balance=None, divergence=None, beta=2.0, eta=0.5",
+            True,
+            "config.json",
+        ),
         (
             ["--objective", "adadpo", "--lora", "--balance-ceiling", "3"],
             "ceiling=3.0",

@@ -36,8 +36,13 @@ from fastpref.objectives import (
 from fastpref.planner import SCHEDULES
 
 
-def _sft(divergence: Divergence | None) -> SFT:
+def _sft(divergence: Divergence | None, use_weighting: bool) -> SFT:
     """It has no reward that a divergence would change: TRL takes any, to no effect."""
+    if use_weighting:
+        raise ValueError(
+            "use_weighting weighs pairs, and loss_type 'sft' is one number of all chosen tokens; "
+            "TRL 1.16 fails at its first step"
+        )
     return SFT()
 
 
@@ -57,7 +62,7 @@ _LOSSES: dict[str, tuple[Callable[..., Objective], tuple[str, ...]]] = {
     "apo_down": (APODown, ("beta",)),
     "aot": (AOT, ("beta", "label_smoothing")),
     "aot_unpaired": (AOTUnpaired, ("beta", "label_smoothing")),
-    "sft": (_sft, ("divergence",)),
+    "sft": (_sft, ("divergence", "use_weighting")),
 }
 _DIVERGENCES = {"forward_kl": "forward_kl", "js_divergence": "js", "alpha_divergence": "alpha"}
 _FIELDS_OF_LOSSES = (
@@ -152,7 +157,8 @@ def trl_objective(args: DPOConfig) -> Objective:
     `loss_type` and `loss_weights`, `beta`, `label_smoothing` (of robust, EXO and AOT alone),
     `f_divergence_type` and its coefficient, `discopop_tau` and `use_weighting` mean what they mean
     in TRL 1.16, odd or not: the rewards it reports are β × summed log-ratios to the reference,
-    also for losses of averages (ipo, sigmoid_norm) and for sft, which has no reference.
+    also for losses of averages (ipo, sigmoid_norm) and for sft, which has no reference; and sft
+    counts whole responses where `ld_alpha` weights the tokens of the others.
 
     Raises:
         ValueError, TypeError: an unknown name, a number out of its range (TRL 1.16 trains on with
@@ -187,6 +193,7 @@ def _term(loss_type: str, args: DPOConfig) -> Objective:
         "divergence": divergence,
         "label_smoothing": args.label_smoothing,
         "tau": args.discopop_tau,
+        "use_weighting": args.use_weighting,
     }
     objective = make(**{name: settings[name] for name in taken})
     if not args.use_weighting:

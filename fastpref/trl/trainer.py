@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -16,9 +17,9 @@ from trl.trainer import dpo_trainer
 from trl.trainer.utils import create_model_from_path
 
 from fastpref.columns import OF_PAIRS, LossColumns, possible_columns
-from fastpref.loss import preference_loss
+from fastpref.loss import linear_logps, preference_loss
 from fastpref.objectives import Objective
-from fastpref.sequences import copied_to_host, shift_targets
+from fastpref.sequences import IGNORED, copied_to_host, shift_targets
 from fastpref.trl.config import (
     PreferenceConfig,
     check_beta,
@@ -130,6 +131,9 @@ class PreferenceTrainer(DPOTrainer):
             super().__init__(model, ref_model, args, *positional, **kwargs)
         self.precompute_ref_logps &= self._uses_reference
         self.beta = self.objective.reward_scale
+        # What `preference_loss` and `linear_logps` take alike; a plain DPOConfig has none of it.
+        options = "schedule", "backend", "logits_budget"
+        self._computing = {name: vars(args)[name] for name in options if name in vars(args)}
         if not self._as_trl:
             self.data_collator = _WithColumns(self.data_collator, self.objective)
         if self._is_vision_dataset:  # which TRL does not prepare
@@ -144,6 +148,12 @@ class PreferenceTrainer(DPOTrainer):
     def _uses_reference(self) -> bool:
         """TRL has a reference for every loss type: the logged rewards are of it."""
         return self._as_trl or self.objective.needs_reference
+
+    @property
+    def _sft_weight(self) -> float:
+        """Of TRL's loss type "sft" among those that were asked for."""
+        weights = zip(self.loss_types, self.loss_weights, strict=True)
+        return sum(weight for name, weight in weights if name == "sft") * self._as_trl
 
     def _load_model(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for TRL's loading: once the policy is there, what it loads is the reference."""
@@ -246,25 +256,34 @@ class PreferenceTrainer(DPOTrainer):
         targets_on_host = copied_to_host(shift_targets(input_ids, completion_mask))
         ref_logps = of_seen(self._ref_logps(inputs))
         columns = _each(of_seen, inputs.get(_COLUMNS, {}))
+        token_weights = _length_weights(completion_mask, self.ld_alpha)
+        untouched = 0.0 if token_weights is None else self._sft_weight
 
         def loss_head(hidden: Tensor, weight: Tensor, **head: Any) -> Any:
             # Prompt-learning adapters prepend virtual tokens.
             hidden = of_seen(hidden[:, hidden.shape[1] - length :])
-            on_head = _mover(hidden.device)
-            return preference_loss(
+            on_head, targets = _mover(hidden.device), targets_on_host()
+            out = preference_loss(
                 hidden,
                 weight,
-                targets_on_host(),
+                targets,
                 self.objective,
                 ref_logps=on_head(ref_logps),
-                token_weights=on_head(_length_weights(completion_mask, self.ld_alpha)),
-                schedule=getattr(self.args, "schedule", "auto"),
-                backend=getattr(self.args, "backend", "auto"),
-                logits_budget=getattr(self.args, "logits_budget", None),
+                token_weights=on_head(token_weights),
                 stats=_TOKEN_STATS,
                 **_each(on_head, columns),
                 **head,
+                **self._computing,
             )
+            if not untouched:
+                return out
+            # TRL's sft leaves ld_alpha out: what the token weights took from it is given back.
+            chosen = slice(0, seen)
+            rest = on_head(1 - token_weights[chosen])
+            wanted = targets[chosen].masked_fill((rest == 0).to(targets.device), IGNORED)
+            logps = linear_logps(hidden[chosen], weight, wanted, **head, **self._computing)
+            nll = -(rest * logps).sum() / out.lengths[chosen].sum().clamp(min=1)
+            return dataclasses.replace(out, loss=out.loss + untouched * nll)
 
         model_inputs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_MODEL}
         if self.aux_loss_enabled:
