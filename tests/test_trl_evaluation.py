@@ -66,7 +66,7 @@ def test_uneven_batches_count_every_pair_once(batch_size, tiny_llama, pairs, tmp
 
 @pytest.mark.parametrize("options", [{"loss_type": "sft"}, {"loss_type": ["aot"]}, {}], ids=str)
 def test_what_fills_a_batch_up_does_not_count(options, tiny_llama, pairs, tmp_path, monkeypatch):
-    """Losses of whole batches, too, are those of the pairs that are evaluated for the first time."""
+    """Losses of whole batches too are those of the pairs evaluated for the first time."""
     trainer = make_trainer(OURS, tiny_llama, pairs, tmp_path, **options)
     with torch.no_grad():
         trainer.model.lm_head.weight.mul_(1.5)
