@@ -165,6 +165,14 @@ def test_divergences(options, divergence, trainers):
     assert_alike(trainers, **options, **divergence, **changes)
 
 
+@pytest.mark.parametrize("schedule", ["pair_groups", "recompute"])
+@pytest.mark.parametrize("ld_alpha", [0.3, 1.0])
+def test_sft_gets_its_tokens_back(schedule, ld_alpha, trainers, monkeypatch):
+    """In every schedule, and where no token was taken."""
+    monkeypatch.setattr(trainers[0][0], "_schedule", schedule)
+    assert_alike(trainers, loss_type=["hinge", "sft"], loss_weights=[1.0, 0.5], ld_alpha=ld_alpha)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -158,7 +158,10 @@ def trl_objective(args: DPOConfig) -> Objective:
     `f_divergence_type` and its coefficient, `discopop_tau` and `use_weighting` mean what they mean
     in TRL 1.16, odd or not: the rewards it reports are β × summed log-ratios to the reference,
     also for losses of averages (ipo, sigmoid_norm) and for sft, which has no reference; and sft
-    counts whole responses where `ld_alpha` weights the tokens of the others.
+    counts whole responses where `ld_alpha` weights the tokens of the others. Two things TRL does
+    are not repeated: its averages count a response's first token even where nothing stands before
+    it to predict it from (an empty prompt, or one that `keep_end` cuts away), and it fails at the
+    first step of hinge with `use_weighting`.
 
     Raises:
         ValueError, TypeError: an unknown name, a number out of its range (TRL 1.16 trains on with

@@ -131,9 +131,11 @@ class PreferenceTrainer(DPOTrainer):
             super().__init__(model, ref_model, args, *positional, **kwargs)
         self.precompute_ref_logps &= self._uses_reference
         self.beta = self.objective.reward_scale
-        # What `preference_loss` and `linear_logps` take alike; a plain DPOConfig has none of it.
-        options = "schedule", "backend", "logits_budget"
-        self._computing = {name: vars(args)[name] for name in options if name in vars(args)}
+        self._schedule = getattr(args, "schedule", "auto")  # which a plain DPOConfig has not
+        self._computing = {
+            "backend": getattr(args, "backend", "auto"),
+            "logits_budget": getattr(args, "logits_budget", None),
+        }
         if not self._as_trl:
             self.data_collator = _WithColumns(self.data_collator, self.objective)
         if self._is_vision_dataset:  # which TRL does not prepare
@@ -270,6 +272,7 @@ class PreferenceTrainer(DPOTrainer):
                 self.objective,
                 ref_logps=on_head(ref_logps),
                 token_weights=on_head(token_weights),
+                schedule=self._schedule,
                 stats=_TOKEN_STATS,
                 **_each(on_head, columns),
                 **head,
