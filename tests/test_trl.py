@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 import trl
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -19,7 +21,17 @@ from transformers import (
 )
 from trl import DPOConfig, SFTConfig, SFTTrainer, TrlParser
 from trl.trainer import utils as trl_utils
-from trl_runs import CPU, OURS, STOCK, TINY, compare_runs, make_trainer, save_model, trained
+from trl_runs import (
+    CPU,
+    DEFAULTS,
+    OURS,
+    STOCK,
+    TINY,
+    compare_runs,
+    make_trainer,
+    save_model,
+    trained,
+)
 
 from fastpref import Balance, Objective, UniDPO, sequence_logps, shift_targets
 from fastpref.objectives import DPO, IPO, SFT, WPO, DiscoPOP, Divergence, Hinge, Robust, SimPO
@@ -70,6 +82,37 @@ def test_two_steps_equal_plain_trl(config, options, tiny_llama, pairs, tmp_path)
     assert abs(ours[0][1]["rewards/margins"]) > 0.1
     # Adam divides by |gradient|: rounding of a tiny gradient is magnified up to the step's size.
     compare_runs(ours, theirs, relative=2e-4)
+
+
+def test_a_script_with_two_names_swapped(tiny_llama, pairs, tmp_path):
+    """Arguments by position, a reference for sft too, metrics of one's own, data sets by name."""
+
+    def run(trainer_class, config_class):
+        options = DEFAULTS | CPU | SGD | {"loss_type": "sft", "eval_strategy": "steps"}
+        trainer = trainer_class(
+            AutoModelForCausalLM.from_pretrained(tiny_llama),
+            AutoModelForCausalLM.from_pretrained(tiny_llama),
+            config_class(str(tmp_path), **options, eval_steps=2, precompute_ref_log_probs=True),
+            None,
+            Dataset.from_list(pairs),
+            DatasetDict({"a": Dataset.from_list(pairs[:4]), "b": Dataset.from_list(pairs[4:6])}),
+            AutoTokenizer.from_pretrained(tiny_llama),
+            lambda seen: {"spread": float(seen.predictions.std())},
+        )
+        trainer.train()
+        return [
+            {name: x for name, x in entry.items() if "runtime" not in name and "second" not in name}
+            for entry in trainer.state.log_history
+        ]
+
+    ours, theirs = run(*OURS), run(*STOCK)
+    assert [entry.keys() for entry in ours] == [entry.keys() for entry in theirs]
+    for our, their in zip(ours, theirs, strict=True):
+        for name, value in their.items():
+            assert our[name] == pytest.approx(value, rel=2e-5, abs=2e-5), name
+    (held,) = (entry for entry in theirs if "eval_b_loss" in entry)
+    assert abs(held["eval_rewards/margins"]) > 0.1
+    assert held["eval_b_spread"] > 0
 
 
 @pytest.mark.parametrize(

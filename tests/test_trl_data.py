@@ -10,6 +10,7 @@ import transformers
 from datasets import Dataset
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig
 from trl_runs import CPU, DEFAULTS, OURS, TINY, make_trainer, trained
 
 from fastpref import Objective
@@ -200,15 +201,14 @@ def test_losses_of_trl_take_no_columns(tiny_llama, pairs, tmp_path, caplog):
 # --- references ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["dpo", "simpo"])
+@pytest.mark.parametrize("objective", ["dpo", "simpo", None])
 @pytest.mark.parametrize("precompute", [False, True])
 def test_the_configuration_stays_as_it_is_given(objective, precompute, tiny_llama, pairs, tmp_path):
-    config = PreferenceConfig(
-        str(tmp_path),
-        objective=objective,
-        precompute_ref_log_probs=precompute,
-        **(DEFAULTS | CPU),
-    )
+    options = DEFAULTS | CPU | {"precompute_ref_log_probs": precompute}
+    if objective is None:
+        config = DPOConfig(str(tmp_path), **options, loss_type="ipo")
+    else:
+        config = PreferenceConfig(str(tmp_path), **options, objective=objective)
     before = config.to_dict()
     trainer = PreferenceTrainer(
         str(tiny_llama),
@@ -216,6 +216,7 @@ def test_the_configuration_stays_as_it_is_given(objective, precompute, tiny_llam
         train_dataset=Dataset.from_list(pairs),
         processing_class=AutoTokenizer.from_pretrained(tiny_llama),
     )
+    assert trainer.args is config
     assert config.to_dict() == before
     assert (trainer.ref_model is None) == (precompute or objective == "simpo")
 

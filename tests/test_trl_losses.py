@@ -181,12 +181,7 @@ def test_sft_gets_its_tokens_back(schedule, ld_alpha, trainers, monkeypatch):
         {"loss_type": ["ipo", "sigmoid_norm"], "loss_weights": [-0.5, 2]},
         {"loss_type": ["sigmoid", "sigmoid"]},
         {"loss_type": ["hinge"], "loss_weights": [0.3]},
-        {
-            "loss_type": ["ipo"],
-            "loss_weights": [
-                0.0,
-            ],
-        },
+        {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0, 0.0]},
         {"loss_type": ["robust", "exo_pair", "aot"], "label_smoothing": 0.05},
         {"loss_type": ["sigmoid", "apo_zero"], "use_weighting": True, "ld_alpha": 0.5},
         {"loss_type": ["ipo"], "use_weighting": True, "f_divergence_type": "js_divergence"},
