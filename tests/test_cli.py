@@ -72,6 +72,32 @@ def test_train(more, objective, per_token, saved, tiny_llama, pairs_file, tmp_pa
     assert {"loss", "rewards/margins", "logps/chosen", "logps/rejected"} <= step.keys()
 
 
+def test_train_on_weights_and_betas(tiny_llama, pairs, tmp_path):
+    """Before training a pair's DPO loss is log 2, times its weight; β scales the rewards after."""
+    data = tmp_path / "pairs.jsonl"
+
+    def run(name, objective, **columns):
+        data.write_text("".join(json.dumps(pair | columns) + "\n" for pair in pairs))
+        more = "--objective", objective, "--learning-rate", "0.01", "--max-steps", "2"
+        result = train(tiny_llama, data, tmp_path / name, *more)
+        path = tmp_path / name / "results.json"
+        return result, json.loads(path.read_text()) if path.exists() else None
+
+    result, plain = run("plain", "dpo")
+    assert "columns not used: score_chosen, score_rejected" in " ".join(result.output.split())
+    result, weighted = run("weighted", "dpo", weight=3)
+    assert "columns not used: score_chosen, score_rejected\n" in result.output
+    assert weighted["before"]["loss"] == pytest.approx(3 * plain["before"]["loss"])
+    _, scaled = run("scaled", "dpo", beta=0.4)
+    assert scaled["before"]["loss"] == pytest.approx(plain["before"]["loss"])
+    assert scaled["after"]["rewards/margins"] > 2 * plain["after"]["rewards/margins"] > 0.01
+    result, _ = run("refused", "orpo", beta=0.4)
+    assert result.exit_code == 2
+    assert "ORPO takes no betas" in " ".join(result.output.split())
+    result, _ = run("refused", "dpo", weight=-1)
+    assert "'weight' must be a finite number and at least 0, got -1" in result.output
+
+
 def test_train_evaluates_on_held_out_pairs(tiny_llama, pairs_file, tmp_path):
     more = ["--holdout", "2", "--max-steps", "1", "--objective", "dpo", "--max-length", "8"]
     result = train(tiny_llama, pairs_file, tmp_path / "out", *more)
@@ -146,6 +172,10 @@ def test_other_pairs_or_weights_in_the_same_place_are_not_resumed(
 ):
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(pair | {"chosen": "red"}) + "\n" for pair in pairs))
+    result = resume(tiny_llama, data, finished_run)
+    assert result.exit_code == 2
+    assert "data: 8 pairs, sha256 " in result.output
+    data.write_text("".join(json.dumps(pair | {"weight": 2}) + "\n" for pair in pairs))
     result = resume(tiny_llama, data, finished_run)
     assert result.exit_code == 2
     assert "data: 8 pairs, sha256 " in result.output

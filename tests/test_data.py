@@ -6,6 +6,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
+from fastpref import DPO, ORPO, Objective, UniDPO
 from fastpref.commands.data import DataError, read_pairs
 from fastpref.commands.demo import PAIRS
 
@@ -64,7 +65,7 @@ def test_problems_are_named_with_their_line(tmp_path, line, problem):
     line = line if isinstance(line, str) else json.dumps(line)
     path.write_text(json.dumps(GOOD) + "\n\n" + line + "\n")
     with pytest.raises(DataError) as error:
-        read_pairs(path, needs_scores=True)
+        read_pairs(path, UniDPO())
     assert str(error.value).startswith(f"{path}:3: ")
     assert problem in str(error.value)
 
@@ -81,18 +82,90 @@ def test_scores_where_they_are_needed(tmp_path):
     unscored = json.dumps(changed(score_chosen=..., score_rejected=...))
     path.write_text(json.dumps(GOOD) + "\n" + unscored + "\n")
     with pytest.raises(DataError, match=":2: missing field 'score_chosen'"):
-        read_pairs(path, needs_scores=True)
+        read_pairs(path, UniDPO())
     path.write_text(json.dumps(GOOD))
-    (pair,), unused = read_pairs(path, needs_scores=True)
-    assert pair.scores == (2.0, 1.5)
+    (pair,), unused = read_pairs(path, UniDPO())
+    assert pair.numbers == {"score_chosen": 2.0, "score_rejected": 1.5}
     assert unused == []
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"weight": -0.5}, "'weight' must be a finite number and at least 0, got -0.5"),
+        ({"weight": 1e39}, "'weight' must be a finite number and at least 0, got 1e+39"),
+        ({"weight": 10**400}, "'weight' must be a finite number and at least 0, got 1000"),
+        ({"weight": None}, "missing field 'weight'"),
+        ({"weight": ...}, "missing field 'weight'"),
+        ({"beta": 0}, "'beta' must be a finite number and above 0, got 0"),
+        ({"beta": 1e-60}, "'beta' must be a finite number and above 0, got 1e-60"),
+        ({"beta": float("inf")}, "'beta' must be a finite number and above 0, got inf"),
+        ({"beta": "0.1"}, "'beta' must be a finite number and above 0, got '0.1'"),
+    ],
+)
+def test_weights_and_betas(tmp_path, row, problem):
+    path = tmp_path / "pairs.jsonl"
+    good = GOOD | {"weight": 0, "beta": 0.5}
+    path.write_text(json.dumps(good))
+    (pair,), unused = read_pairs(path, DPO())
+    assert pair.numbers == {"weight": 0.0, "beta": 0.5}
+    assert unused == ["score_chosen", "score_rejected"]
+
+    bad = {name: value for name, value in (good | row).items() if value is not ...}
+    path.write_text(json.dumps(good) + "\n" + json.dumps(bad))
+    with pytest.raises(DataError) as error:
+        read_pairs(path, DPO())
+    assert str(error.value).startswith(f"{path}:2: {problem}")
+
+
+def test_columns_that_the_objective_lacks_or_refuses(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "chosen": "c", "rejected": "r", "beta": 0.1}))
+    with pytest.raises(DataError, match=f"UniDPO needs the columns score_chosen .*; {path} has"):
+        read_pairs(path, UniDPO())
+    with pytest.raises(DataError, match=f"ORPO takes no betas, and {path} has a column beta"):
+        read_pairs(path, ORPO())
+    path.write_text("{")
+    with pytest.raises(DataError, match=":1: not JSON"):
+        read_pairs(path, UniDPO())
+
+
+class Extra(Objective):
+    extras = ("difficulty",)
+
+    def __call__(self, pairs):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("names", [["difficulty"], ["difficulty_chosen", "difficulty_rejected"]])
+def test_extras(tmp_path, names):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(GOOD | dict.fromkeys(names, -3)))
+    (pair,), unused = read_pairs(path, Extra())
+    assert pair.numbers == dict.fromkeys(names, -3.0)
+    assert unused == ["score_chosen", "score_rejected"]
+    path.write_text(json.dumps(GOOD | dict.fromkeys(names, float("nan"))))
+    with pytest.raises(DataError, match=f":1: '{names[0]}' must be a finite number, got nan"):
+        read_pairs(path, Extra())
+
+
+def test_extras_that_are_not_there_or_there_twice(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(GOOD | {"difficulty_chosen": 1}))
+    needs = "Extra needs a column difficulty, or difficulty_chosen and difficulty_rejected"
+    with pytest.raises(DataError, match=f"{needs}; {path} has"):
+        read_pairs(path, Extra())
+    forms = ("difficulty", "difficulty_chosen", "difficulty_rejected")
+    path.write_text(json.dumps(GOOD | dict.fromkeys(forms, 1)))
+    with pytest.raises(DataError, match=f"{needs}, not both; {path} has"):
+        read_pairs(path, Extra())
 
 
 def test_what_is_not_needed_is_not_used_and_said(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(changed(score_chosen="high", score_rejected=None, prompt_id=7)))
-    (pair,), unused = read_pairs(path)
-    assert pair.scores is None
+    (pair,), unused = read_pairs(path, DPO())
+    assert pair.numbers == {}
     assert unused == ["score_chosen", "score_rejected", "prompt_id"]
 
 
@@ -206,11 +279,11 @@ def test_formats(tmp_path, name, write, place):
     path = tmp_path / name
     rows = [GOOD, GOOD | {"chosen": "null", "prompt": "42", "score_chosen": 3}]
     write(rows, path)
-    pairs, unused = read_pairs(path, needs_scores=True)
+    pairs, unused = read_pairs(path, UniDPO())
     assert [pair.place for pair in pairs] == [place.format(path, 1), place.format(path, 2)]
     assert [pair.chosen for pair in pairs] == ["c", "null"]
     assert pairs[1].prompt == "42"
-    assert pairs[1].scores == (3.0, 1.5)
+    assert pairs[1].numbers == {"score_chosen": 3.0, "score_rejected": 1.5}
     assert unused == []
 
     bad = tmp_path / f"bad-{name}"
@@ -224,9 +297,9 @@ def test_ultrafeedback_as_it_is_published(tmp_path):
     path = tmp_path / "train_prefs.parquet"
     chats = {"chosen": [USER, CHOSEN], "rejected": [USER, REJECTED], "messages": [USER, CHOSEN]}
     write_parquet([{"prompt": "p", "prompt_id": "x", **chats} | SCORES], path)
-    (pair,), unused = read_pairs(path, needs_scores=True)
+    (pair,), unused = read_pairs(path, UniDPO())
     assert (pair.prompt, pair.chosen, pair.rejected) == ([USER], [CHOSEN], [REJECTED])
-    assert pair.scores == (2.0, 1.5)
+    assert pair.numbers == {"score_chosen": 2.0, "score_rejected": 1.5}
     assert unused == ["prompt_id", "messages"]
 
 
@@ -268,9 +341,9 @@ def test_a_directory_of_nothing(tmp_path):
 
 
 def test_the_demo_pairs():
-    pairs, unused = read_pairs(PAIRS, needs_scores=True)
+    pairs, unused = read_pairs(PAIRS, UniDPO())
     assert len(pairs) >= 48
     assert len({pair.prompt for pair in pairs}) == len(pairs)
-    assert all(pair.scores[0] > pair.scores[1] for pair in pairs)
+    assert all(p.numbers["score_chosen"] > p.numbers["score_rejected"] for p in pairs)
     assert any(len(pair.rejected) > len(pair.chosen) for pair in pairs)
     assert unused == []

@@ -7,50 +7,125 @@ import json
 import pytest
 import torch
 import trl
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
     MixtralConfig,
     MixtralForCausalLM,
+    TrainingArguments,
 )
-from trl import DPOConfig, SFTConfig, SFTTrainer
+from trl import DPOConfig, SFTConfig, SFTTrainer, TrlParser
 from trl.trainer import utils as trl_utils
-from trl_runs import CPU, OURS, STOCK, TINY, compare_runs, make_trainer, save_model, trained
+from trl_runs import (
+    CPU,
+    DEFAULTS,
+    OURS,
+    STOCK,
+    TINY,
+    compare_runs,
+    make_trainer,
+    save_model,
+    trained,
+)
 
 from fastpref import Balance, Objective, UniDPO, sequence_logps, shift_targets
-from fastpref.trl import PreferenceConfig, PreferenceTrainer, head_scalars, use_fastpref_logps
+from fastpref.objectives import DPO, IPO, SFT, WPO, DiscoPOP, Divergence, Hinge, Robust, SimPO
+from fastpref.trl import (
+    PreferenceConfig,
+    PreferenceTrainer,
+    head_scalars,
+    trl_objective,
+    use_fastpref_logps,
+)
 from fastpref.trl.logps import _FastprefLogps
 
 # --- beside plain TRL ---------------------------------------------------------------------------
 
 
+# Far enough in one step for margins to be seen; Adam would magnify the rounding of tiny gradients.
+SGD = {"optim": "sgd", "learning_rate": 0.3, "beta": 0.5}
+
+
 @pytest.mark.parametrize(
-    ("objective", "options"),
+    ("config", "options"),
     [
-        ("dpo", {}),
-        ("dpo", {"precompute_ref_log_probs": True}),
-        ("dpo", {"gradient_accumulation_steps": 2}),
-        ("dpo", {"ld_alpha": 0.3}),
-        ("dpo", {"label_smoothing": 0.1}),
-        ("dpo", {"gradient_checkpointing": True}),
-        ("dpo", {"beta": 0.4, "optim": "sgd"}),
-        ("dpo", {"peft_config": LoraConfig(r=4, target_modules="all-linear")}),
-        ("hinge", {"loss_type": ["hinge"]}),
-        ("ipo", {"loss_type": ["ipo"], "optim": "sgd", "learning_rate": 1e-4}),
+        (PreferenceConfig, {}),
+        (DPOConfig, {}),
+        (PreferenceConfig, SGD | {"precompute_ref_log_probs": True}),
+        (PreferenceConfig, SGD | {"gradient_accumulation_steps": 2}),
+        (PreferenceConfig, SGD | {"gradient_checkpointing": True}),
+        (PreferenceConfig, SGD | {"loss_type": "sft", "precompute_ref_log_probs": True}),
+        (DPOConfig, SGD | {"loss_type": ["ipo", "sft"], "loss_weights": [2, 1], "ld_alpha": 0.3}),
+        (
+            DPOConfig,
+            {
+                "peft_config": LoraConfig(r=4, target_modules="all-linear"),
+                "learning_rate": 0.1,
+                "beta": 0.5,
+            },
+        ),
     ],
-    ids=str,
+    ids=lambda value: value.__name__ if isinstance(value, type) else "-".join(value),
 )
-def test_two_steps_equal_plain_trl(objective, options, tiny_llama, pairs, tmp_path):
-    theirs = trained(make_trainer(STOCK, tiny_llama, pairs, tmp_path, **options))
-    options = {name: value for name, value in options.items() if name != "loss_type"}
-    ours = make_trainer(OURS, tiny_llama, pairs, tmp_path, objective=objective, **options)
-    ours = trained(ours)
+def test_two_steps_equal_plain_trl(config, options, tiny_llama, pairs, tmp_path):
+    """The same fields mean the same, whichever of the two configurations has them."""
+    plain = make_trainer(STOCK, tiny_llama, pairs, tmp_path, **options)
+    trainer = make_trainer((PreferenceTrainer, config), tiny_llama, pairs, tmp_path, **options)
+    assert (trainer.ref_model is None) == (plain.ref_model is None)
+    assert type(trainer.args) is config
+    ours, theirs = trained(trainer), trained(plain)
+    assert abs(ours[0][1]["rewards/margins"]) > 0.1
     # Adam divides by |gradient|: rounding of a tiny gradient is magnified up to the step's size.
     compare_runs(ours, theirs, relative=2e-4)
-    assert ours[0][1]["rewards/margins"] != 0
+
+
+def test_a_script_with_two_names_swapped(tiny_llama, pairs, tmp_path):
+    """Arguments by position, a reference for sft too, metrics of one's own, data sets by name."""
+
+    def run(trainer_class, config_class):
+        options = DEFAULTS | CPU | SGD | {"loss_type": "sft", "eval_strategy": "steps"}
+        trainer = trainer_class(
+            AutoModelForCausalLM.from_pretrained(tiny_llama),
+            AutoModelForCausalLM.from_pretrained(tiny_llama),
+            config_class(str(tmp_path), **options, eval_steps=2, precompute_ref_log_probs=True),
+            None,
+            Dataset.from_list(pairs),
+            DatasetDict({"a": Dataset.from_list(pairs[:4]), "b": Dataset.from_list(pairs[4:6])}),
+            AutoTokenizer.from_pretrained(tiny_llama),
+            lambda seen: {"spread": float(seen.predictions.std())},
+        )
+        trainer.train()
+        return [
+            {name: x for name, x in entry.items() if "runtime" not in name and "second" not in name}
+            for entry in trainer.state.log_history
+        ]
+
+    ours, theirs = run(*OURS), run(*STOCK)
+    assert [entry.keys() for entry in ours] == [entry.keys() for entry in theirs]
+    for our, their in zip(ours, theirs, strict=True):
+        for name, value in their.items():
+            assert our[name] == pytest.approx(value, rel=2e-5, abs=2e-5), name
+    (held,) = (entry for entry in theirs if "eval_b_loss" in entry)
+    assert abs(held["eval_rewards/margins"]) > 0.1
+    assert held["eval_b_spread"] > 0
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [("dpo", {}), ("hinge", {"loss_type": ["hinge"]}), ("robust", {"loss_type": ["robust"]})],
+)
+def test_objectives_of_sums_log_what_trl_logs(objective, options, tiny_llama, pairs, tmp_path):
+    args = {"objective": objective}
+    if objective == "robust":
+        options, args["objective_args"] = options | {"label_smoothing": 0.1}, {}
+    theirs = trained(make_trainer(STOCK, tiny_llama, pairs, tmp_path, **options, optim="sgd"))
+    ours = trained(make_trainer(OURS, tiny_llama, pairs, tmp_path, **args, optim="sgd"))
+    compare_runs(ours, theirs, relative=2e-4)
 
 
 def test_two_steps_equal_plain_trl_on_smollm2(smollm2, pairs, tmp_path):
@@ -208,7 +283,7 @@ def test_configuration_names_the_objective(tmp_path):
         **CPU,
     )
     assert config.make_objective() == UniDPO(beta=1.5, eta=0.5, balance=Balance(ceiling=3))
-    again = PreferenceConfig(**{"output_dir": str(tmp_path), "objective": "orpo", **CPU})
+    again = PreferenceConfig(str(tmp_path), objective="orpo", **CPU)
     assert again.beta == 0.1  # what the logged rewards are scaled by
     json.dumps(config.to_dict())
 
@@ -222,41 +297,80 @@ def test_another_objective_has_its_own_beta(tmp_path):
     assert dataclasses.replace(given, objective="dpo").make_objective().beta == 2.0
     with pytest.raises(ValueError, match=r"beta=2\.0 was given, but ORPO"):
         dataclasses.replace(given, objective="orpo")
-    by_name = PreferenceConfig(str(tmp_path), objective_args={"beta": 0.3}, **CPU)
+    by_name = PreferenceConfig(str(tmp_path), objective="dpo", objective_args={"beta": 0.3}, **CPU)
     assert by_name.beta == 0.3
     changed = copy.deepcopy(by_name)
     changed.objective_args = None
     assert changed.make_objective().beta == 0.1
-    for config in (by_name, dataclasses.replace(simpo, objective="orpo")):
+    of_trl = dataclasses.replace(simpo, objective=None)
+    assert of_trl.beta == 0.1
+    assert of_trl.make_objective() == DPO()
+    for config in (by_name, of_trl, dataclasses.replace(simpo, objective="orpo")):
         stored = json.loads(config.to_json_string())
         stored["accelerator_config"] = None
         assert PreferenceConfig(**stored).make_objective() == config.make_objective()
 
 
-def test_label_smoothing_is_that_of_dpo_config(tmp_path, recwarn):
-    """TRL's sigmoid loss has none; conservative DPO's goes by objective_args."""
-    for objective in ("dpo", "ipo"):
-        config = PreferenceConfig(
-            str(tmp_path), objective=objective, label_smoothing=0.1, **CPU, bf16=False
+def test_fields_of_trl_name_the_objective(tmp_path):
+    def objective(**options):
+        config = PreferenceConfig(str(tmp_path), **CPU, bf16=False, **options)
+        assert repr(trl_objective(DPOConfig(str(tmp_path), **CPU, **options))) == repr(
+            config.make_objective()
         )
-        assert getattr(config.make_objective(), "label_smoothing", 0) == 0
-    config = PreferenceConfig(str(tmp_path), objective_args={"label_smoothing": 0.1}, **CPU)
-    assert config.make_objective().label_smoothing == 0.1
-    assert not [each for each in recwarn if "smoothing" in str(each.message)]
+        assert config.beta == config.make_objective().reward_scale == options.get("beta", 0.1)
+        return config.make_objective()
+
+    assert objective(beta=0.3, label_smoothing=0.2) == DPO(beta=0.3)  # TRL's sigmoid has no noise
+    assert objective(loss_type="robust", label_smoothing=0.2) == Robust(label_smoothing=0.2)
+    ((ipo, weight),) = objective(loss_type=["ipo"], loss_weights=[0.5], beta=0.2).terms
+    assert (ipo, weight) == (IPO(beta=0.2), 0.5)
+    js = objective(f_divergence_type="js_divergence", loss_type=["sigmoid_norm", "sft"])
+    assert js.parts == (DPO(length_normalized=True, divergence=Divergence("js")), SFT())
+    ((weighted, _),) = objective(use_weighting=True, loss_type="discopop", discopop_tau=0.1).terms
+    assert weighted == WPO(DiscoPOP(tau=0.1))
+
+
+def test_fields_on_a_command_line(tmp_path):
+    def parsed(*arguments):
+        (config,) = TrlParser(PreferenceConfig).parse_args_and_config(
+            ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", *arguments]
+        )
+        return config.make_objective()
+
+    assert parsed() == DPO()
+    assert parsed("--loss_type", "hinge", "sft").parts == (Hinge(), SFT())
+    fields = "--objective_args", '{"eta": 0.5, "balance": {"ceiling": 3}}'
+    expected = UniDPO(eta=0.5, balance=Balance(ceiling=3))
+    assert parsed("--objective", "unidpo", *fields) == expected
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"objective": "ppo"}, "unknown objective"),
-        ({"objective_args": {"eta": 1}}, "DPO has no hyperparameter 'eta'"),
-        ({"loss_type": ["ipo"]}, "loss_type=.*takes objective"),
-        ({"f_divergence_type": "js_divergence"}, "f_divergence_type"),
-        ({"use_weighting": True}, "use_weighting"),
+        ({"objective": "dpo", "objective_args": {"eta": 1}}, "DPO has no hyperparameter 'eta'"),
+        ({"objective_args": {"eta": 1}}, "objective_args={'eta': 1} need an objective by its name"),
         ({"objective": "orpo", "beta": 0.3}, r"beta=0.3 was given, but ORPO.* by 0.1"),
-        ({"beta": 0.2, "objective_args": {"beta": 0.3}}, r"beta=0.2 was given, .* by 0.3"),
+        (
+            {"objective": "dpo", "beta": 0.2, "objective_args": {"beta": 0.3}},
+            r"beta=0.2 was given, .* by 0.3",
+        ),
         ({"schedule": "fast"}, "unknown schedule"),
         ({"backend": "cuda"}, "unknown backend"),
+        ({"loss_type": "kto"}, "unknown loss_type 'kto'; expected some of .*'sigmoid_norm'"),
+        ({"loss_type": []}, "a Mixture needs at least one"),
+        ({"loss_type": "exo_pair"}, "label_smoothing must be finite and above 0"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, "label_smoothing must be .* below 0.5"),
+        ({"loss_weights": [float("nan")]}, "weight must be finite, got nan"),
+        ({"beta": 0}, "beta must be finite and above 0"),
+        ({"discopop_tau": 0.0, "loss_type": "discopop"}, "tau must be finite and above 0"),
+        ({"f_divergence_type": "js"}, "unknown f_divergence_type 'js'; .*'js_divergence'"),
+        (
+            {"f_divergence_type": "js_divergence", "loss_type": ["sigmoid", "nca_pair"]},
+            "loss_type 'nca_pair' has no form for f_divergence_type='js_divergence'; .*'hinge'",
+        ),
+        ({"loss_type": "aot", "use_weighting": True}, "loss_type 'aot' sorts"),
+        ({"loss_type": "sft", "use_weighting": True}, "'sft' is one number of all chosen tokens"),
     ],
 )
 def test_bad_configuration(options, message, tmp_path):
@@ -264,9 +378,45 @@ def test_bad_configuration(options, message, tmp_path):
         PreferenceConfig(str(tmp_path), **CPU, **options)
 
 
-def test_a_plain_dpo_config_is_refused(tiny_llama, pairs, tmp_path):
-    with pytest.raises(TypeError, match="PreferenceConfig"):
-        make_trainer((PreferenceTrainer, DPOConfig), tiny_llama, pairs, tmp_path)
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"loss_type": ["ipo"]},
+        {"loss_type": "sigmoid", "loss_weights": [0.5]},
+        {"f_divergence_type": "js_divergence"},
+        {"f_alpha_divergence_coef": 0.7},
+        {"label_smoothing": 0.1},
+        {"use_weighting": True},
+        {"discopop_tau": 0.1},
+    ],
+    ids=str,
+)
+def test_an_objective_and_a_loss_of_trl(field, tiny_llama, pairs, tmp_path):
+    *_, name = field
+    with pytest.raises(
+        ValueError, match=f"^{name}=.* chooses a loss of TRL's, and objective='dpo'"
+    ):
+        PreferenceConfig(str(tmp_path), **CPU, objective="dpo", **field)
+    with pytest.raises(
+        ValueError, match=f"^{name}=.* chooses a loss of TRL's, and objective=SimPO"
+    ):
+        make_trainer(OURS, tiny_llama, pairs, tmp_path, own_objective=SimPO(), **field)
+
+
+def test_an_objective_twice(tiny_llama, pairs, tmp_path):
+    with pytest.raises(ValueError, match=r"objective=SimPO.* is given, and args has 'dpo'"):
+        make_trainer(OURS, tiny_llama, pairs, tmp_path, own_objective=SimPO(), objective="dpo")
+    for config in (PreferenceConfig, DPOConfig):
+        kind = PreferenceTrainer, config
+        with pytest.raises(ValueError, match=r"beta=0.3 was given, but SimPO.* by 2.0"):
+            make_trainer(kind, tiny_llama, pairs, tmp_path, own_objective=SimPO(), beta=0.3)
+        trainer = make_trainer(kind, tiny_llama, pairs, tmp_path, own_objective=SimPO())
+        assert (trainer.beta, trainer.ref_model) == (2.0, None)
+
+
+def test_what_is_no_dpo_config(tiny_llama, pairs, tmp_path):
+    with pytest.raises(TypeError, match="args must be a DPOConfig, got TrainingArguments"):
+        make_trainer((PreferenceTrainer, TrainingArguments), tiny_llama, pairs, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ import transformers
 from datasets import Dataset
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig
 from trl_runs import CPU, DEFAULTS, OURS, TINY, make_trainer, trained
 
+from fastpref import Objective
 from fastpref.trl import PreferenceConfig, PreferenceTrainer
 
 
@@ -29,7 +31,7 @@ def test_scores_that_nobody_needs_may_be_anything(score, keep_columns, tiny_llam
     for row in rows[:4]:
         del row["score_rejected"]
     trainer = make_trainer(OURS, tiny_llama, rows, tmp_path, remove_unused_columns=not keep_columns)
-    assert "scores" not in next(iter(trainer.get_train_dataloader()))
+    assert not next(iter(trainer.get_train_dataloader())).get("loss_columns")
     trained(trainer)
 
 
@@ -81,23 +83,132 @@ def test_the_collator_is_still_trls(tiny_llama, pairs, tmp_path):
     assert again.max_length == 5
     batch = again([trainer.train_dataset[0], trainer.train_dataset[1]])
     assert batch["input_ids"].shape[1] == 5
-    assert batch["scores"].tolist() == [9.0, 8.0, 2.0, 4.0]
+    assert batch["loss_columns"]["scores"].tolist() == [9.0, 8.0, 2.0, 4.0]
     with pytest.raises(AttributeError, match="max_size"):
         _ = trainer.data_collator.max_size
+
+
+# --- weights, betas, extras ---------------------------------------------------------------------
+
+
+class Scaled(Objective):
+    """DPO of margins times what the data say."""
+
+    extras = ("scale", "bonus")
+    takes_betas = True
+
+    def __call__(self, pairs):
+        beta = 0.1 if pairs.betas is None else pairs.betas
+        chosen, rejected = pairs.log_ratios(normalized=False)
+        bonus_chosen, bonus_rejected = pairs.extras["bonus"]
+        margin = beta * (chosen - rejected + bonus_chosen - bonus_rejected)
+        return -torch.nn.functional.logsigmoid(pairs.extras["scale"] * margin)
+
+
+@pytest.fixture(scope="module")
+def with_columns(pairs):
+    return [
+        pair
+        | {"weight": i % 3, "beta": 0.1 * (i + 1), "scale": -i, "note": "x"}
+        | {"bonus_chosen": 10.0 * i, "bonus_rejected": -i, "scale_chosen": "not asked for"}
+        for i, pair in enumerate(pairs)
+    ]
+
+
+def in_order(trainer):
+    """The trainer's loss of its first four pairs."""
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
+    with torch.no_grad():
+        return trainer.compute_loss(trainer.model, batch).item()
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["unused columns removed", "kept"])
+def test_columns_reach_the_loss(kept, tiny_llama, with_columns, tmp_path):
+    """The policy is its reference: what is left of the margin is the bonus."""
+    trainer = make_trainer(
+        OURS,
+        tiny_llama,
+        with_columns,
+        tmp_path,
+        own_objective=Scaled(),
+        remove_unused_columns=not kept,
+        eval_pairs=with_columns[4:],
+    )
+
+    def expected(rows):
+        margins = [r["scale"] * r["beta"] * (r["bonus_chosen"] - r["bonus_rejected"]) for r in rows]
+        losses = [
+            r["weight"] * math.log1p(math.exp(-m)) for r, m in zip(rows, margins, strict=True)
+        ]
+        return sum(losses) / len(rows)
+
+    assert in_order(trainer) == pytest.approx(expected(with_columns[:4]), rel=1e-6)
+    found = trainer.evaluate()["eval_loss"]  # by way of the data loader
+    assert found == pytest.approx(expected(with_columns[4:]), rel=1e-6)
+
+
+def test_columns_of_some_data_sets(tiny_llama, pairs, tmp_path):
+    """Each has its own; a pair that has no weight counts for 1."""
+    weighted = [pair | {"weight": 3.0} for pair in pairs]
+    sets = {"weighted": weighted[:4], "plain": pairs[:4]}
+    trainer = make_trainer(OURS, tiny_llama, weighted, tmp_path, objective="dpo", eval_pairs=sets)
+    found = trainer.evaluate()
+    assert found["eval_plain_loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert found["eval_weighted_loss"] == pytest.approx(3 * math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "expected"),
+    [
+        ("weight", -1.0, "weight finite and at least 0"),
+        ("weight", None, "weight finite and at least 0"),
+        ("weight", math.inf, "weight finite and at least 0"),
+        ("beta", 0.0, "beta finite and above 0"),
+        ("beta", math.nan, "beta finite and above 0"),
+        ("scale", None, "scale finite"),
+        ("bonus_rejected", math.nan, "bonus_rejected finite"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_columns_of_unusable_numbers(
+    column, value, expected, stream, tiny_llama, with_columns, tmp_path
+):
+    rows = [dict(row) for row in with_columns]
+    rows[3][column] = value
+    data = Dataset.from_list(rows)
+    data = data.to_iterable_dataset() if stream else data
+    message = f"Scaled needs numbers: .*{expected}.* train data set row 3 has {column}={value}$"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(OURS, tiny_llama, data, tmp_path, own_objective=Scaled(), max_steps=4).train()
+
+
+def test_columns_that_the_objective_lacks_or_refuses(tiny_llama, pairs, with_columns, tmp_path):
+    with pytest.raises(ValueError, match="Scaled needs a column scale, .* the train data set has"):
+        make_trainer(OURS, tiny_llama, pairs, tmp_path, own_objective=Scaled())
+    message = "ORPO takes no betas, and the eval data set has a column beta; remove or rename it"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(OURS, tiny_llama, pairs, tmp_path, objective="orpo", eval_pairs=with_columns)
+
+
+def test_losses_of_trl_take_no_columns(tiny_llama, pairs, tmp_path, caplog):
+    """A stock script trains what it trained, and says what an objective would have taken."""
+    rows = [pair | {"weight": "heavy", "beta": None} for pair in pairs]
+    trainer = make_trainer(OURS, tiny_llama, rows, tmp_path)
+    assert in_order(trainer) == pytest.approx(math.log(2), rel=1e-5)
+    assert "the train data set has weight and beta, which TRL's loss types do not" in caplog.text
 
 
 # --- references ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["dpo", "simpo"])
+@pytest.mark.parametrize("objective", ["dpo", "simpo", None])
 @pytest.mark.parametrize("precompute", [False, True])
 def test_the_configuration_stays_as_it_is_given(objective, precompute, tiny_llama, pairs, tmp_path):
-    config = PreferenceConfig(
-        str(tmp_path),
-        objective=objective,
-        precompute_ref_log_probs=precompute,
-        **(DEFAULTS | CPU),
-    )
+    options = DEFAULTS | CPU | {"precompute_ref_log_probs": precompute}
+    if objective is None:
+        config = DPOConfig(str(tmp_path), **options, loss_type="ipo")
+    else:
+        config = PreferenceConfig(str(tmp_path), **options, objective=objective)
     before = config.to_dict()
     trainer = PreferenceTrainer(
         str(tiny_llama),
@@ -105,6 +216,7 @@ def test_the_configuration_stays_as_it_is_given(objective, precompute, tiny_llam
         train_dataset=Dataset.from_list(pairs),
         processing_class=AutoTokenizer.from_pretrained(tiny_llama),
     )
+    assert trainer.args is config
     assert config.to_dict() == before
     assert (trainer.ref_model is None) == (precompute or objective == "simpo")
 

@@ -64,6 +64,29 @@ def test_uneven_batches_count_every_pair_once(batch_size, tiny_llama, pairs, tmp
     assert_same_metrics(evaluated(tiny_llama, pairs[:5], tmp_path, batch_size), whole)
 
 
+@pytest.mark.parametrize("options", [{"loss_type": "sft"}, {"loss_type": ["aot"]}, {}], ids=str)
+def test_what_fills_a_batch_up_does_not_count(options, tiny_llama, pairs, tmp_path, monkeypatch):
+    """Losses of whole batches too are those of the pairs evaluated for the first time."""
+    trainer = make_trainer(OURS, tiny_llama, pairs, tmp_path, **options)
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(1.5)
+    trainer.model.eval()
+
+    def loss_of(rows, first_time):
+        monkeypatch.setattr(trainer, "_first_time", lambda pairs: first_time)
+        batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
+        with torch.no_grad():
+            loss = trainer.compute_loss(trainer.model, batch).item()
+        metrics = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
+        trainer._metrics["eval"].clear()
+        return metrics | {"loss": loss}
+
+    alone = loss_of([0, 1], 2)
+    assert abs(alone["rewards/margins"]) > 0.01
+    assert loss_of([0, 1, 5], 2) == pytest.approx(alone, rel=1e-5, abs=1e-6)
+    assert loss_of([4, 5], 0)["loss"] == 0
+
+
 def test_an_evaluation_starts_anew(tiny_llama, pairs, tmp_path):
     trainer = make_trainer(
         OURS,

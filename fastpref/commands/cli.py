@@ -57,8 +57,9 @@ def train_command(
     data: Annotated[
         Path,
         typer.Option(
-            help="Pairs: prompt, chosen, rejected, score_chosen, score_rejected, as JSON lines or "
-            "array (.gz too), Parquet, Arrow, CSV, or a directory of them."
+            help="Pairs: prompt, chosen, rejected, for some objectives score_chosen and "
+            "score_rejected, and if you like a weight and a beta of each, as JSON lines or array "
+            "(.gz too), Parquet, Arrow, CSV, or a directory of them."
         ),
     ],
     output: Annotated[Path, typer.Option(help="Directory for model, curves.png, results.json.")],

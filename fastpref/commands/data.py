@@ -1,9 +1,10 @@
 """Preference pairs from files, checked before anything is trained.
 
 A pair has `prompt`, `chosen` and `rejected`, each text or a list of chat messages (`role`,
-`content`), and `score_chosen` and `score_rejected` where the objective needs them: the column names
-of Uni-DPO's and UltraFeedback's data. The prompt may also be implicit: chosen and rejected are then
-whole conversations or texts, and the prompt is what both begin with, by TRL's rule.
+`content`), and the columns of numbers that the loss takes (see `fastpref.columns`): `score_chosen`
+and `score_rejected`, as Uni-DPO's and UltraFeedback's data call them, `weight` and `beta`. The
+prompt may also be implicit: chosen and rejected are then whole conversations or texts, and the
+prompt is what both begin with, by TRL's rule.
 
 JSON lines and JSON arrays are read here, gzipped or not, so that a bad line has its number;
 Parquet, Arrow, CSV and directories of any of them by the library `datasets`.
@@ -14,15 +15,16 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
-import math
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastpref.columns import LossColumns
+from fastpref.objectives import Objective
+
 TEXT_FIELDS = ("prompt", "chosen", "rejected")
-SCORE_FIELDS = ("score_chosen", "score_rejected")
 _SHOWN = 10
 # By the end of a file's name: the builder of `datasets`, and its options. In a CSV file "null" is
 # an answer like any other.
@@ -48,7 +50,7 @@ class Pair:
         prompt: text, or a list of messages; chosen and rejected are of the same kind.
         chosen: the preferred response, without the prompt.
         rejected: the other response.
-        scores: of chosen and rejected, None where they are not needed.
+        numbers: what the loss takes, by column.
         continues: chosen and rejected are text that goes on where the prompt breaks off, in the
             middle of a turn or even of a word.
     """
@@ -57,41 +59,51 @@ class Pair:
     prompt: Text
     chosen: Text
     rejected: Text
-    scores: tuple[float, float] | None = None
+    numbers: dict[str, float] = field(default_factory=dict)
     continues: bool = False
 
 
-def read_pairs(path: str | Path, *, needs_scores: bool = False) -> tuple[list[Pair], list[str]]:
+def read_pairs(
+    path: str | Path, objective: Objective | None = None
+) -> tuple[list[Pair], list[str]]:
     """The pairs of a file or directory, and the names of columns that were not used.
 
     Args:
         path: JSON lines (blank lines are skipped), a JSON array, either of them gzipped, Parquet,
             Arrow, CSV, a directory of one split of such files, or one that `save_to_disk` wrote.
-        needs_scores: read the scores, whose absence is then a problem; else they are not used.
+        objective: whose columns of numbers are read, in every row or it is a problem; None for
+            texts alone.
 
     Raises:
-        DataError: naming the file and, for up to ten bad rows, line or row number and problem.
+        DataError: naming the file and, for up to ten bad rows, line or row number and problem; or
+            columns that the objective needs or does not take.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
+    rows = [(place, _fields(row)) for place, row in _rows(path)]
+    parsed = [fields for _, fields in rows if isinstance(fields, dict)]
+    present = list(dict.fromkeys(name for fields in parsed for name in fields))
+    columns = None
+    if objective is not None and parsed:
+        try:
+            columns = LossColumns(objective, present, str(path))
+        except ValueError as problem:
+            raise DataError(str(problem)) from None
     pairs: list[Pair] = []
     problems: list[str] = []
-    columns: dict[str, None] = {}
-    for place, row in _rows(path):
+    for place, fields in rows:
         try:
-            fields = _parsed(row) if isinstance(row, bytes) else row
-            if not isinstance(fields, dict):
-                raise ValueError(f"expected a JSON object, got {type(fields).__name__}")
-            pairs.append(_pair(fields, place, needs_scores))
-            columns |= dict.fromkeys(fields)
+            if isinstance(fields, ValueError):
+                raise fields
+            pairs.append(_pair(fields, place, columns))
         except ValueError as problem:
             problems.append(f"{place}: {problem}")
     if problems:
         raise DataError("\n".join(shortened(problems)))
     if not pairs:
         raise DataError(f"{path}: no pairs")
-    used = TEXT_FIELDS + SCORE_FIELDS * needs_scores
-    return pairs, [name for name in columns if name not in used]
+    used = {*TEXT_FIELDS, *(columns.names if columns else ())}
+    return pairs, [name for name in present if name not in used]
 
 
 def shortened(lines: list[str]) -> list[str]:
@@ -135,6 +147,17 @@ def _content(path: Path) -> bytes:
     return content.removeprefix(codecs.BOM_UTF8)
 
 
+def _fields(row: Any) -> dict[str, Any] | ValueError:
+    """Of one row, or what is wrong with it."""
+    try:
+        fields = _parsed(row) if isinstance(row, bytes) else row
+    except ValueError as problem:
+        return problem
+    if not isinstance(fields, dict):
+        return ValueError(f"expected a JSON object, got {type(fields).__name__}")
+    return fields
+
+
 def _parsed(content: bytes) -> Any:
     try:
         return json.loads(content.decode())
@@ -176,7 +199,7 @@ def _first_line(problem: Exception) -> str:
 # --- a pair of a row ----------------------------------------------------------------------------
 
 
-def _pair(fields: dict[str, Any], place: str, needs_scores: bool) -> Pair:
+def _pair(fields: dict[str, Any], place: str, columns: LossColumns | None) -> Pair:
     chosen, rejected = _text(fields, "chosen"), _text(fields, "rejected")
     prompt = None if fields.get("prompt") is None else _text(fields, "prompt")
     of_messages = isinstance(chosen, list)
@@ -190,8 +213,8 @@ def _pair(fields: dict[str, Any], place: str, needs_scores: bool) -> Pair:
         prompt, chosen, rejected = _extracted(prompt, chosen, rejected)
     elif of_messages:
         prompt = [{"role": "user", "content": prompt}]
-    scores = tuple(_score(fields, name) for name in SCORE_FIELDS) if needs_scores else None
-    return Pair(place, prompt, chosen, rejected, scores, continues)
+    numbers = {} if columns is None else _numbers(fields, columns)
+    return Pair(place, prompt, chosen, rejected, numbers, continues)
 
 
 def _without(prompt: list, chosen: list, rejected: list) -> tuple[list, list]:
@@ -239,10 +262,11 @@ def _text(fields: dict[str, Any], name: str) -> Text:
     return value
 
 
-def _score(fields: dict[str, Any], name: str) -> float:
-    value = fields.get(name)
-    if value is None:
-        raise ValueError(f"missing field {name!r}")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name!r} must be a finite number, got {value!r}")
-    return float(value)
+def _numbers(fields: dict[str, Any], columns: LossColumns) -> dict[str, float]:
+    for name in columns.unusable(fields):
+        value = fields.get(name)
+        if value is None:
+            raise ValueError(f"missing field {name!r}")
+        expected = str(columns.domain(name)).replace("finite", "a finite number")
+        raise ValueError(f"{name!r} must be {expected}, got {value!r}")
+    return {name: float(fields[name]) for name in columns.names}

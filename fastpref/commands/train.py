@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastpref.commands.data import Pair, read_pairs, shortened
 from fastpref.commands.tables import new_table, show
 from fastpref.domains import Domain, check_fields, number
-from fastpref.objectives import make_objective
+from fastpref.objectives import Objective, make_objective
 
 if TYPE_CHECKING:
     from fastpref.commands.resume import Checkpoint
@@ -94,7 +94,7 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
     """
     _keep_quiet()
     objective = make_objective(settings.objective, **settings.hyperparameters)
-    train_pairs, eval_pairs, eval_name = _read(settings, objective.needs_scores, console)
+    train_pairs, eval_pairs, eval_name = _read(settings, objective, console)
     check_directory(settings.output)
     check_model(settings.model)
     from fastpref.commands.resume import KeepRun, describe_run, find_checkpoint
@@ -201,12 +201,12 @@ def _dtype(name: str) -> str:
 
 
 def _read(
-    settings: TrainSettings, needs_scores: bool, console: Console
+    settings: TrainSettings, objective: Objective, console: Console
 ) -> tuple[list[Pair], list[Pair], str]:
     """Training pairs, evaluation pairs and what to call those."""
-    pairs = _read_file(settings.data, needs_scores, console)
+    pairs = _read_file(settings.data, objective, console)
     if settings.eval_data is not None:
-        return pairs, _read_file(settings.eval_data, needs_scores, console), "held-out"
+        return pairs, _read_file(settings.eval_data, objective, console), "held-out"
     if settings.holdout:
         if settings.holdout >= len(pairs):
             raise ValueError(f"holdout={settings.holdout} leaves none of {len(pairs)} pairs")
@@ -214,8 +214,8 @@ def _read(
     return pairs, pairs, "training"
 
 
-def _read_file(path: Path, needs_scores: bool, console: Console) -> list[Pair]:
-    pairs, unused = read_pairs(path, needs_scores=needs_scores)
+def _read_file(path: Path, objective: Objective, console: Console) -> list[Pair]:
+    pairs, unused = read_pairs(path, objective)
     if unused:
         console.print(
             f"{path}: columns not used: {', '.join(unused)}", soft_wrap=True, markup=False
@@ -331,9 +331,7 @@ def _examples(pairs: list[Pair], has_template: bool) -> list[dict[str, Any]]:
                 f"{pair.place} is of another kind than {pairs[0].place}: one holds a conversation, "
                 "the other text with an implicit prompt"
             )
-        if pair.scores is not None:
-            row["score_chosen"], row["score_rejected"] = pair.scores
-        rows.append(row | {"place": pair.place})
+        rows.append(row | pair.numbers | {"place": pair.place})
     return rows
 
 

@@ -5,7 +5,7 @@ checkpoints and evaluation stay TRL's. `use_fastpref_logps` changes nothing but 
 which stock TRL trainers with a fused head compute log-probabilities.
 """
 
-from fastpref.trl.config import PreferenceConfig
+from fastpref.trl.config import PreferenceConfig, trl_objective
 from fastpref.trl.head import LossHeadOutput, add_loss_head, head_scalars
 from fastpref.trl.logps import LogpsHandle, use_fastpref_logps
 from fastpref.trl.trainer import PreferenceTrainer
@@ -17,5 +17,6 @@ __all__ = [
     "PreferenceTrainer",
     "add_loss_head",
     "head_scalars",
+    "trl_objective",
     "use_fastpref_logps",
 ]

@@ -1,15 +1,79 @@
-"""`PreferenceConfig`: TRL's `DPOConfig` with an objective."""
+"""Which objective a configuration means: `PreferenceConfig`, or TRL's own `DPOConfig`."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from trl import DPOConfig
 
 from fastpref.backends import BACKENDS
-from fastpref.objectives import Objective, hyperparameters, make_objective
+from fastpref.objectives import (
+    AOT,
+    BCO,
+    DPO,
+    EXO,
+    IPO,
+    NCA,
+    SFT,
+    SPPO,
+    WPO,
+    AOTUnpaired,
+    APODown,
+    APOZero,
+    DiscoPOP,
+    Divergence,
+    Hinge,
+    Mixture,
+    Objective,
+    Robust,
+    hyperparameters,
+    make_objective,
+)
 from fastpref.planner import SCHEDULES
+
+
+def _sft(divergence: Divergence | None, use_weighting: bool) -> SFT:
+    """It has no reward that a divergence would change: TRL takes any, to no effect."""
+    if use_weighting:
+        raise ValueError(
+            "use_weighting weighs pairs, and loss_type 'sft' is one number of all chosen tokens; "
+            "TRL 1.16 fails at its first step"
+        )
+    return SFT()
+
+
+# TRL's names: what makes the objective, and which of TRL's settings that takes.
+_LOSSES: dict[str, tuple[Callable[..., Objective], tuple[str, ...]]] = {
+    "sigmoid": (DPO, ("beta", "divergence")),
+    "sigmoid_norm": (partial(DPO, length_normalized=True), ("beta", "divergence")),
+    "hinge": (Hinge, ("beta", "divergence")),
+    "ipo": (IPO, ("beta", "divergence")),
+    "exo_pair": (EXO, ("beta", "divergence", "label_smoothing")),
+    "robust": (Robust, ("beta", "divergence", "label_smoothing")),
+    "discopop": (DiscoPOP, ("beta", "divergence", "tau")),
+    "nca_pair": (NCA, ("beta",)),
+    "bco_pair": (BCO, ("beta",)),
+    "sppo_hard": (SPPO, ("beta",)),
+    "apo_zero": (APOZero, ("beta",)),
+    "apo_down": (APODown, ("beta",)),
+    "aot": (AOT, ("beta", "label_smoothing")),
+    "aot_unpaired": (AOTUnpaired, ("beta", "label_smoothing")),
+    "sft": (_sft, ("divergence", "use_weighting")),
+}
+_DIVERGENCES = {"forward_kl": "forward_kl", "js_divergence": "js", "alpha_divergence": "alpha"}
+_FIELDS_OF_LOSSES = (
+    "loss_type",
+    "loss_weights",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "label_smoothing",
+    "use_weighting",
+    "discopop_tau",
+)
 
 
 class _OwnBeta(float):
@@ -18,31 +82,32 @@ class _OwnBeta(float):
 
 @dataclass
 class PreferenceConfig(DPOConfig):
-    """`DPOConfig` with an objective of fastpref in place of `loss_type`.
+    """`DPOConfig`, which means here what it means in TRL, or an objective of fastpref.
 
     Args:
-        objective: name of a built-in objective ("dpo", "unidpo", "adadpo", …).
-        objective_args: its hyperparameters by field name; `balance` may be a dictionary of
-            `Balance` fields or True. On a command line, JSON.
-        beta: the objective's β; None for its own default, which `beta` then reads. Also scales the
-            logged rewards.
+        objective: name of a built-in objective ("dpo", "unidpo", "adadpo", …), in place of all of
+            TRL's fields that choose a loss. None, the default: they choose it, see `trl_objective`.
+        objective_args: the objective's hyperparameters by field name; `balance` may be a dictionary
+            of `Balance` fields or True. On a command line, JSON.
+        beta: β; None for the objective's own default, which `beta` then reads: 0.1 where TRL's
+            fields choose. Also scales the logged rewards.
         schedule: as in `preference_loss`.
         backend: as in `preference_loss`.
         logits_budget: bytes of logits to hold at once, as in `preference_loss`.
 
-    What `DPOConfig` has means the same here. `label_smoothing` is an ε of TRL's robust, EXO and AOT
-    losses and changes no other: that of `DPO` goes into `objective_args`. `ld_alpha` becomes token
-    weights. TRL's `loss_type`, `loss_weights`, `f_divergence_type` and `use_weighting` have no
-    meaning here and are refused when changed.
+    `ld_alpha` becomes token weights, of any objective.
 
     Raises:
-        ValueError: an unknown name, a changed field of TRL's losses, a `beta` that the objective
-            does not have, or that contradicts `objective_args`.
+        ValueError: an unknown name; a number out of its range; `objective` beside a changed field
+            of TRL's losses; `objective_args` without `objective`; a `beta` that the objective does
+            not have, or that contradicts `objective_args`.
     """
 
     _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "objective_args"]
 
-    objective: str = field(default="dpo", metadata={"help": "Name of the objective."})
+    objective: str | None = field(
+        default=None, metadata={"help": "Name of the objective; None for that of loss_type."}
+    )
     objective_args: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Hyperparameters of the objective, by field name."}
     )
@@ -57,41 +122,135 @@ class PreferenceConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, neutral in (
-            ("loss_type", ["sigmoid"]),
-            ("loss_weights", None),
-            ("f_divergence_type", "reverse_kl"),
-            ("use_weighting", False),
-        ):
-            if getattr(self, name) != neutral:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} belongs to TRL's own losses; "
-                    "PreferenceConfig takes objective and objective_args"
-                )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}; expected one of {SCHEDULES}")
         if self.backend not in BACKENDS:
             raise ValueError(f"unknown backend {self.backend!r}; expected one of {BACKENDS}")
         objective = self.make_objective()
-        if self._given_beta() is None:
+        if given_beta(self) is None:
             self.beta = _OwnBeta(objective.reward_scale)
 
-    def _given_beta(self) -> float | None:
-        return None if isinstance(self.beta, _OwnBeta) else self.beta
-
     def make_objective(self) -> Objective:
-        """The objective that the configuration names."""
+        """The objective that the configuration names, or else that of TRL's fields."""
+        if self.objective is None:
+            if self.objective_args:
+                raise ValueError(
+                    f"objective_args={self.objective_args} need an objective by its name"
+                )
+            return trl_objective(self)
+        check_own_objective(self, f"objective={self.objective!r}")
         fields = dict(self.objective_args or {})
-        beta = self._given_beta()
+        beta = given_beta(self)
         if beta is not None and "beta" in hyperparameters(self.objective):
             fields.setdefault("beta", beta)
         objective = make_objective(self.objective, **fields)
-        if beta is not None and beta != objective.reward_scale:
-            raise ValueError(
-                f"beta={beta} was given, but {objective} scales its rewards by "
-                f"{objective.reward_scale}; leave beta out or change objective_args"
-            )
+        check_beta(self, objective)
         return objective
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | {"beta": float(self.beta)}
+
+
+def trl_objective(args: DPOConfig) -> Objective:
+    """The objective that TRL's own fields choose, with TRL's numbers.
+
+    `loss_type` and `loss_weights`, `beta`, `label_smoothing` (of robust, EXO and AOT alone),
+    `f_divergence_type` and its coefficient, `discopop_tau` and `use_weighting` mean what they mean
+    in TRL 1.16, odd or not: the rewards it reports are β × summed log-ratios to the reference,
+    also for losses of averages (ipo, sigmoid_norm) and for sft, which has no reference; and sft
+    counts whole responses where `ld_alpha` weights the tokens of the others. Two things TRL does
+    are not repeated: its averages count a response's first token even where nothing stands before
+    it to predict it from (an empty prompt, or one that `keep_end` cuts away), and it fails at the
+    first step of hinge with `use_weighting`.
+
+    Raises:
+        ValueError, TypeError: an unknown name, a number out of its range (TRL 1.16 trains on with
+            a label smoothing of 0.5 and more, or a β of 0), or a combination that TRL's trainer
+            refuses as well.
+    """
+    weights = args.loss_weights or [1.0] * len(args.loss_type)
+    terms = [
+        (_term(name, args), weight) for name, weight in zip(args.loss_type, weights, strict=True)
+    ]
+    if len(terms) == 1 and terms[0][1] == 1:
+        (objective, _), *_ = terms
+        formula = objective.formula()
+        if formula is not None and not formula.normalized:
+            return objective  # its own rewards are TRL's, and kernels fuse it
+    return Mixture(terms, beta=_trl_beta(args))
+
+
+def _term(loss_type: str, args: DPOConfig) -> Objective:
+    if loss_type not in _LOSSES:
+        raise ValueError(f"unknown loss_type {loss_type!r}; expected some of {[*_LOSSES]}")
+    make, taken = _LOSSES[loss_type]
+    divergence = _divergence(args)
+    if divergence is not None and "divergence" not in taken:
+        able = [name for name, (_, taken) in _LOSSES.items() if "divergence" in taken]
+        raise ValueError(
+            f"loss_type {loss_type!r} has no form for f_divergence_type="
+            f"{args.f_divergence_type!r}; {able} have"
+        )
+    settings = {
+        "beta": _trl_beta(args),
+        "divergence": divergence,
+        "label_smoothing": args.label_smoothing,
+        "tau": args.discopop_tau,
+        "use_weighting": args.use_weighting,
+    }
+    objective = make(**{name: settings[name] for name in taken})
+    if not args.use_weighting:
+        return objective
+    if objective.couples_pairs:
+        raise ValueError(
+            f"use_weighting weighs pairs, and loss_type {loss_type!r} sorts what they are made of"
+        )
+    return WPO(objective)
+
+
+def _divergence(args: DPOConfig) -> Divergence | None:
+    name = args.f_divergence_type
+    if name == "reverse_kl":
+        return None
+    if name not in _DIVERGENCES:
+        expected = ["reverse_kl", *_DIVERGENCES]
+        raise ValueError(f"unknown f_divergence_type {name!r}; expected one of {expected}")
+    if name == "alpha_divergence":
+        return Divergence("alpha", args.f_alpha_divergence_coef)
+    return Divergence(_DIVERGENCES[name])
+
+
+def _trl_beta(args: DPOConfig) -> float:
+    beta = given_beta(args)
+    return DPOConfig.beta if beta is None else beta
+
+
+def given_beta(args: DPOConfig) -> float | None:
+    """The β that somebody gave; of a plain `DPOConfig`, one other than its default."""
+    if isinstance(args, PreferenceConfig):
+        return None if isinstance(args.beta, _OwnBeta) else args.beta
+    return None if args.beta == DPOConfig.beta else args.beta
+
+
+def check_beta(args: DPOConfig, objective: Objective) -> None:
+    """Raises ValueError where a β was given and the objective has another."""
+    beta = given_beta(args)
+    if beta is not None and beta != objective.reward_scale:
+        raise ValueError(
+            f"beta={beta} was given, but {objective} scales its rewards by "
+            f"{objective.reward_scale}; leave beta out or change the objective's own"
+        )
+
+
+def check_own_objective(args: DPOConfig, given: str) -> None:
+    """Raises ValueError where an objective is given and TRL's fields choose another loss."""
+    defaults = {each.name: each for each in dataclasses.fields(DPOConfig)}
+    for name in _FIELDS_OF_LOSSES:
+        default, value = defaults[name], getattr(args, name)
+        factory = default.default_factory
+        neutral = default.default if factory is dataclasses.MISSING else factory()
+        if value != neutral:
+            raise ValueError(
+                f"{name}={value!r} chooses a loss of TRL's, and {given} takes its place; leave out "
+                "one of them (hyperparameters of an objective go into objective_args)"
+            )

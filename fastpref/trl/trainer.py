@@ -3,41 +3,50 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import dataclasses
+import logging
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import create_model_from_path
 
-from fastpref.loss import preference_loss
+from fastpref.columns import OF_PAIRS, LossColumns, possible_columns
+from fastpref.loss import linear_logps, preference_loss
 from fastpref.objectives import Objective
-from fastpref.sequences import copied_to_host, shift_targets
-from fastpref.trl.config import PreferenceConfig
+from fastpref.sequences import IGNORED, copied_to_host, shift_targets
+from fastpref.trl.config import (
+    PreferenceConfig,
+    check_beta,
+    check_own_objective,
+    trl_objective,
+)
 from fastpref.trl.head import add_loss_head
 
+logger = logging.getLogger(__name__)
+
 _TOKEN_STATS = ("entropy", "mean_logits", "is_top1")
-SCORE_COLUMNS = ("score_chosen", "score_rejected")
-_NOT_FOR_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", "scores")
+_COLUMNS = "loss_columns"  # of a batch: arguments of preference_loss that columns give
+_NOT_FOR_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", _COLUMNS)
 
 
-class _WithScores:
-    """A collator that also carries `score_chosen` and `score_rejected`, as `scores (2B,)`.
+class _WithColumns:
+    """A collator that also carries what the loss takes from columns.
 
     In all else it is the one that it wraps, whose attributes are read and set through it.
     """
 
-    def __init__(self, collator: Callable[[list[dict]], dict]) -> None:
-        vars(self)["collator"] = collator
+    def __init__(self, collator: Callable[[list[dict]], dict], objective: Objective) -> None:
+        vars(self).update(collator=collator, objective=objective)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        scores = [example[column] for column in SCORE_COLUMNS for example in examples]
-        return self.collator(examples) | {"scores": torch.tensor(scores, dtype=torch.float32)}
+        columns = LossColumns(self.objective, examples[0].keys(), "the batch").tensors(examples)
+        return self.collator(examples) | {_COLUMNS: columns}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.collator, name)
@@ -46,17 +55,27 @@ class _WithScores:
         setattr(self.collator, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.collator,)
+        return type(self), (self.collator, self.objective)
 
 
 class PreferenceTrainer(DPOTrainer):
     """TRL's `DPOTrainer` under any fastpref objective, without logits.
 
-    Takes what `DPOTrainer` takes, with a `PreferenceConfig`, which stays as it is given. References
-    are live or precomputed; where the objective has none, none is loaded and
-    `precompute_ref_log_probs` has nothing to do. Where the objective needs scores, data sets have
-    finite numbers in the columns `score_chosen` and `score_rejected`; else such columns are left
-    alone, whatever they hold.
+    Takes what `DPOTrainer` takes, with any `DPOConfig`, which stays as it is given. Where TRL's own
+    fields choose the loss (no `objective`), loss, gradients, logged training metrics and what is
+    loaded are `DPOTrainer`'s to rounding, for every loss type and mixture; see `trl_objective`.
+
+    With an objective, by name in a `PreferenceConfig` or as an argument:
+
+    - References are live or precomputed; where the objective has none, none is loaded and
+      `precompute_ref_log_probs` has nothing to do.
+    - Where it needs scores, data sets have the columns `score_chosen` and `score_rejected`; where
+      it names `extras`, a column NAME or two, NAME_chosen and NAME_rejected; a column `weight`
+      multiplies each pair's loss, a column `beta` replaces the objective's β. All are finite
+      numbers, weights at least 0, betas above 0. Other columns are left alone, whatever they hold;
+      scores too where the objective needs none. As in TRL, its own loss types take no columns:
+      `weight` and `beta` are ignored then, with a warning.
+    - The logged rewards are the objective's own, averages per token where its loss is one.
 
     Logs every metric of TRL and those of the objective: in training means of the steps since the
     last log, as TRL; in evaluation, loss included, means over all pairs or tokens of the data set,
@@ -64,20 +83,22 @@ class PreferenceTrainer(DPOTrainer):
     processes nobody knows the length, and what accelerate repeats to fill its last batch counts.)
 
     Args:
-        objective: an `Objective` of your own, in place of the one the configuration names.
+        objective: an `Objective` of your own, in place of the one the configuration chooses, which
+            must not choose another.
 
     Raises:
-        TypeError: `args` is not a `PreferenceConfig`.
-        ValueError: the objective needs scores and the data set has none, or some that are no finite
-            numbers; the objective has no reference, and `ref_model` or `sync_ref_model` is given;
-            the model's own logits are not made by its head (see `add_loss_head`).
+        TypeError: `args` is not a `DPOConfig`.
+        ValueError: a column is missing, has something else than such numbers, or is a `beta` that
+            the objective does not take; `objective` and `args` contradict each other; the
+            objective has no reference, and `ref_model` or `sync_ref_model` is given; the model's
+            own logits are not made by its head (see `add_loss_head`).
     """
 
     def __init__(
         self,
         model: Any,
         ref_model: Any = None,
-        args: PreferenceConfig | None = None,
+        args: DPOConfig | None = None,
         *positional: Any,
         objective: Objective | None = None,
         **kwargs: Any,
@@ -85,10 +106,17 @@ class PreferenceTrainer(DPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = PreferenceConfig(f"{name.rstrip('/').split('/')[-1]}-preference")
-        if not isinstance(args, PreferenceConfig):
-            raise TypeError(f"args must be a PreferenceConfig, got {type(args).__name__}")
-        self.objective = args.make_objective() if objective is None else objective
-        if not self.objective.needs_reference:
+        if not isinstance(args, DPOConfig):
+            raise TypeError(f"args must be a DPOConfig, got {type(args).__name__}")
+        named = getattr(args, "objective", None)
+        self._as_trl = objective is None and named is None
+        self.objective = _objective(args) if objective is None else objective
+        if objective is not None:
+            if named is not None:
+                raise ValueError(f"objective={objective!r} is given, and args has {named!r}")
+            check_own_objective(args, f"objective={objective!r}")
+            check_beta(args, objective)
+        if not self._uses_reference:
             for option, given in (
                 ("ref_model", ref_model),
                 ("sync_ref_model", args.sync_ref_model),
@@ -101,21 +129,37 @@ class PreferenceTrainer(DPOTrainer):
             _replaced(dpo_trainer, "create_model_from_path", self._load_model),
         ):
             super().__init__(model, ref_model, args, *positional, **kwargs)
-        self.precompute_ref_logps &= self.objective.needs_reference
+        self.precompute_ref_logps &= self._uses_reference
         self.beta = self.objective.reward_scale
-        if self.objective.needs_scores:
-            self.data_collator = _WithScores(self.data_collator)
-            if self._is_vision_dataset:  # which TRL does not prepare
-                self.train_dataset = self._scored(self.train_dataset, "train")
-                if isinstance(self.eval_dataset, dict):
-                    sets = self.eval_dataset.items()
-                    self.eval_dataset = {name: self._scored(each, name) for name, each in sets}
-                elif self.eval_dataset is not None:
-                    self.eval_dataset = self._scored(self.eval_dataset, "eval")
+        self._schedule = getattr(args, "schedule", "auto")  # which a plain DPOConfig has not
+        self._computing = {
+            "backend": getattr(args, "backend", "auto"),
+            "logits_budget": getattr(args, "logits_budget", None),
+        }
+        if not self._as_trl:
+            self.data_collator = _WithColumns(self.data_collator, self.objective)
+        if self._is_vision_dataset:  # which TRL does not prepare
+            self.train_dataset = self._checked(self.train_dataset, "train")
+            if isinstance(self.eval_dataset, dict):
+                sets = self.eval_dataset.items()
+                self.eval_dataset = {name: self._checked(each, name) for name, each in sets}
+            elif self.eval_dataset is not None:
+                self.eval_dataset = self._checked(self.eval_dataset, "eval")
+
+    @property
+    def _uses_reference(self) -> bool:
+        """TRL has a reference for every loss type: the logged rewards are of it."""
+        return self._as_trl or self.objective.needs_reference
+
+    @property
+    def _sft_weight(self) -> float:
+        """Of TRL's loss type "sft" among those that were asked for."""
+        weights = zip(self.loss_types, self.loss_weights, strict=True)
+        return sum(weight for name, weight in weights if name == "sft") * self._as_trl
 
     def _load_model(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for TRL's loading: once the policy is there, what it loads is the reference."""
-        if hasattr(self, "model") and not self.objective.needs_reference:
+        if hasattr(self, "model") and not self._uses_reference:
             return None
         return create_model_from_path(*args, **kwargs)
 
@@ -126,53 +170,67 @@ class PreferenceTrainer(DPOTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
-        if self.objective.needs_scores:
-            dataset = self._scored(dataset, dataset_name)
+        dataset = self._checked(dataset, dataset_name)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
-    def _scored(self, dataset: Any, name: str) -> Any:
-        """The data set, its scores all finite numbers; a stream is looked at on its way."""
-        objective = type(self.objective).__name__
-        columns = dataset.column_names or list(next(iter(dataset)))
-        if set(SCORE_COLUMNS) - set(columns):
-            raise ValueError(
-                f"{objective} needs the columns score_chosen and score_rejected; the {name} data "
-                f"set has {sorted(columns)}"
-            )
+    def _checked(self, dataset: Any, name: str) -> Any:
+        """The data set, all numbers that the loss takes of it usable; a stream on its way."""
+        present = dataset.column_names or list(next(iter(dataset)))
+        if self._as_trl:
+            if ignored := [column for column in OF_PAIRS if column in present]:
+                logger.warning(
+                    "the %s data set has %s, which TRL's loss types do not take; an objective does",
+                    name,
+                    " and ".join(ignored),
+                )
+            return dataset
+        columns = LossColumns(self.objective, present, f"the {name} data set")
+        if not columns.names:
+            return dataset
+
+        def problem(row: Mapping[str, Any], index: int) -> str:
+            values = ", ".join(f"{name}={row[name]!r}" for name in columns.unusable(row))
+            return values and f"row {index} has {values}"
 
         def check(row: dict[str, Any], index: int) -> dict[str, Any]:
-            if bad := _bad_scores(row):
-                raise _score_error(objective, name, [f"row {index} has {bad}"])
+            if wrong := problem(row, index):
+                raise self._column_error(columns, name, [wrong])
             return row
 
         if not isinstance(dataset, Dataset):
             return dataset.map(check, with_indices=True)
-        scores = dataset.select_columns(list(SCORE_COLUMNS)).with_format(None)[:]
-        rows = (dict(zip(scores, row, strict=True)) for row in zip(*scores.values(), strict=True))
-        if wrong := [
-            f"row {i} has {bad}" for i, row in enumerate(rows) if (bad := _bad_scores(row))
-        ]:
-            raise _score_error(objective, name, wrong)
+        held = dataset.select_columns(columns.names).with_format(None)[:]
+        rows = (dict(zip(held, row, strict=True)) for row in zip(*held.values(), strict=True))
+        if wrong := [text for index, row in enumerate(rows) if (text := problem(row, index))]:
+            raise self._column_error(columns, name, wrong)
         return dataset
+
+    def _column_error(self, columns: LossColumns, name: str, wrong: list[str]) -> ValueError:
+        expected = ", ".join(f"{column} {columns.domain(column)}" for column in columns.names)
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        return ValueError(
+            f"{type(self.objective).__name__} needs numbers: {expected}; in the {name} data set "
+            f"{'; '.join(wrong[:5])}{more}"
+        )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self.objective.needs_scores:
-            have = self._signature_columns
-            self._signature_columns = [*have, *(c for c in SCORE_COLUMNS if c not in have)]
+        if not self._as_trl:
+            have, ours = self._signature_columns, possible_columns(self.objective)
+            self._signature_columns = [*have, *(column for column in ours if column not in have)]
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        if not self.objective.needs_reference:
+        if not self._uses_reference:
             return dataset
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        inputs = {name: value for name, value in inputs.items() if name != "scores"}
+        inputs = {name: value for name, value in inputs.items() if name != _COLUMNS}
         return super().compute_ref_log_probs(model, inputs)
 
     def _ref_logps(self, inputs: dict[str, Any]) -> Tensor | None:
         """Reference log-probabilities `(2B,)`, chosen first."""
-        if not self.objective.needs_reference:
+        if not self._uses_reference:
             return None
         if self.precompute_ref_logps:
             return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
@@ -186,39 +244,55 @@ class PreferenceTrainer(DPOTrainer):
         length = completion_mask.shape[1]
         pairs = len(completion_mask) // 2
         first_time = self._first_time(pairs)
-        if first_time < pairs:
-            seen = torch.arange(pairs, device=completion_mask.device) >= first_time
-            completion_mask = completion_mask.masked_fill(seen.repeat(2)[:, None], 0)
+        seen = max(first_time, 1)  # of none the loss is still wanted, though nobody counts it
+
+        def of_seen(x: Tensor | None) -> Tensor | None:  # (B, …) or (2B, …)
+            if x is None or seen == pairs:
+                return x
+            return x[:seen] if len(x) == pairs else x.unflatten(0, (2, -1))[:, :seen].flatten(0, 1)
+
+        input_ids, completion_mask = of_seen(inputs["input_ids"]), of_seen(completion_mask)
+        if not first_time:
+            completion_mask = torch.zeros_like(completion_mask)
         # Under way while the models run: the loss is planned on the host.
-        targets_on_host = copied_to_host(shift_targets(inputs["input_ids"], completion_mask))
-        ref_logps = self._ref_logps(inputs)
+        targets_on_host = copied_to_host(shift_targets(input_ids, completion_mask))
+        ref_logps = of_seen(self._ref_logps(inputs))
+        columns = _each(of_seen, inputs.get(_COLUMNS, {}))
+        token_weights = _length_weights(completion_mask, self.ld_alpha)
+        untouched = 0.0 if token_weights is None else self._sft_weight
 
         def loss_head(hidden: Tensor, weight: Tensor, **head: Any) -> Any:
             # Prompt-learning adapters prepend virtual tokens.
-            hidden = hidden[:, hidden.shape[1] - length :]
-            on_head = _mover(hidden.device)
-            return preference_loss(
+            hidden = of_seen(hidden[:, hidden.shape[1] - length :])
+            on_head, targets = _mover(hidden.device), targets_on_host()
+            out = preference_loss(
                 hidden,
                 weight,
-                targets_on_host(),
+                targets,
                 self.objective,
                 ref_logps=on_head(ref_logps),
-                scores=on_head(inputs.get("scores")),
-                token_weights=on_head(_length_weights(completion_mask, self.ld_alpha)),
-                schedule=self.args.schedule,
-                backend=self.args.backend,
-                logits_budget=self.args.logits_budget,
+                token_weights=on_head(token_weights),
+                schedule=self._schedule,
                 stats=_TOKEN_STATS,
+                **_each(on_head, columns),
                 **head,
+                **self._computing,
             )
+            if not untouched:
+                return out
+            # TRL's sft leaves ld_alpha out: what the token weights took from it is given back.
+            chosen = slice(0, seen)
+            rest = on_head(1 - token_weights[chosen])
+            wanted = targets[chosen].masked_fill((rest == 0).to(targets.device), IGNORED)
+            logps = linear_logps(hidden[chosen], weight, wanted, **head, **self._computing)
+            nll = -(rest * logps).sum() / out.lengths[chosen].sum().clamp(min=1)
+            return dataclasses.replace(out, loss=out.loss + untouched * nll)
 
         model_inputs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_MODEL}
         if self.aux_loss_enabled:
             model_inputs["output_router_logits"] = True
         outputs = model(**model_inputs, use_cache=False, loss_head=loss_head)
-        # Trainer weights a process's evaluation loss by its pairs, each counted once.
-        loss = outputs.loss if first_time == pairs else outputs.loss * (pairs / max(first_time, 1))
-        metrics = dict(outputs.metrics)
+        loss, metrics = outputs.loss, dict(outputs.metrics)
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
             metrics["aux_loss"] = outputs.aux_loss.detach()
@@ -280,24 +354,16 @@ class PreferenceTrainer(DPOTrainer):
         recorded["num_tokens"] = [self._total_train_tokens]
 
 
-def _bad_scores(row: dict[str, Any]) -> str:
-    """The scores of a row that are no finite numbers, "" where all are."""
-    bad = (
-        f"{column}={row[column]!r}"
-        for column in SCORE_COLUMNS
-        if isinstance(row[column], bool)
-        or not isinstance(row[column], int | float)
-        or not math.isfinite(row[column])
-    )
-    return ", ".join(bad)
+def _objective(args: DPOConfig) -> Objective:
+    return args.make_objective() if isinstance(args, PreferenceConfig) else trl_objective(args)
 
 
-def _score_error(objective: str, name: str, wrong: list[str]) -> ValueError:
-    more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-    return ValueError(
-        f"{objective} needs scores that are finite numbers; in the {name} data set "
-        f"{'; '.join(wrong[:5])}{more}"
-    )
+def _each(function: Callable[[Tensor], Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`function` of every tensor, those of extras too."""
+    return {
+        name: _each(function, value) if isinstance(value, Mapping) else function(value)
+        for name, value in values.items()
+    }
 
 
 def _mover(device: torch.device) -> Callable[[Tensor | None], Tensor | None]:
