@@ -119,7 +119,7 @@ OTHERS = [
     Mixture([(DPO(beta=0.2), 0.8), (BCO(), 0.2), (SFT(), 1.5)]),
     Mixture([(SimPO(), -0.5), (UniDPO(), 1.0)], beta=0.3),
     WPO(DPO()),
-    WPO(Mixture([(IPO(), 1.0), (AOT(), 2.0)])),
+    WPO(Mixture([(IPO(), 1.0), (BCO(), 2.0)])),
 ]
 DIVERGENCES = [
     Divergence(),
@@ -478,6 +478,7 @@ def test_balance_from_settings():
         (lambda: Mixture([(DPO(), math.nan)]), "weight must be finite"),
         (lambda: Mixture([(DPO(), 1.0)], beta=0), "beta must be finite and above 0"),
         (lambda: RankedPairs(AOT()), "couples no pairs"),
+        (lambda: WPO(AOT()), "must couple no pairs"),
         (lambda: UniDPO.for_model("gpt-2"), "'gpt-2'.*gemma-2-9b-it"),
         (lambda: UniDPO().for_scores((1, 1), (0, 1)), "theirs must increase"),
         (lambda: UniDPO().for_scores((1, 5), (0, math.nan)), "yours must be finite"),
@@ -542,7 +543,7 @@ def test_extreme_divergences_are_finite():
 def test_needs_of_mixtures_are_those_of_their_terms():
     plain = Mixture([(SimPO(), 1.0), (SFT(), 0.5)])
     assert not (plain.needs_reference or plain.needs_scores or plain.couples_pairs)
-    mixed = Mixture([(SimPO(beta=3.0), 1.0), (UniDPO(), 1.0), (WPO(AOT()), 1.0)])
+    mixed = Mixture([(SimPO(beta=3.0), 1.0), (UniDPO(), 1.0), (WPO(IPO()), 1.0), (AOT(), 1.0)])
     assert mixed.needs_reference
     assert mixed.needs_scores
     assert mixed.couples_pairs

@@ -76,6 +76,8 @@ class WPO(Composite):
 
     def __post_init__(self) -> None:
         check_of_pairs(self.objective)
+        if self.objective.couples_pairs:
+            raise ValueError("WPO weights each pair's loss: its objective must couple no pairs")
 
     @property
     def parts(self) -> tuple[Objective, ...]:
