@@ -21,12 +21,17 @@ from fastpref.sequences import IGNORED, Rows, on_device
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A backend, and what the caller asked of the planner."""
+    """A backend, and what the caller asked of the planner.
+
+    Under `torch.compile` it runs as it is: the plan reads lengths, where a graph would end, and
+    products taken into a graph would multiply at the caller's precision.
+    """
 
     backend: Backend
     schedule: str
     logits_budget: int | None
 
+    @torch.compiler.disable
     def preference_loss(
         self,
         hidden: Tensor,  # (K·B, T, H), or (total, H)
@@ -104,6 +109,7 @@ class Scheduled:
         metrics |= _token_metrics(rows, dict(zip(stats, extra, strict=False)))
         return PreferenceOutput(loss, losses.detach(), logps, rows.lengths, metrics, plan)
 
+    @torch.compiler.disable
     def sequence_logps(
         self,
         hidden: Tensor,  # (S, T, H), or (total, H)
@@ -119,6 +125,7 @@ class Scheduled:
         per_row = self._token_logps(flat, head, rows.targets, rows.index, ())[0]
         return rows.sums(per_row), rows.lengths
 
+    @torch.compiler.disable
     def token_statistics(
         self,
         hidden: Tensor,  # (N, H)

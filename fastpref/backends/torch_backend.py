@@ -16,6 +16,7 @@ from fastpref.backends.products import (
     add_product,
     add_target_rows,
     as_operand,
+    full_precision,
     product_dtype,
     product_into,
     sliced_gradients,
@@ -125,7 +126,8 @@ def group_backward(
         scaled, after = as_operand(hidden, head), None
     else:
         if grads.bias is not None:
-            grads.bias.addmv_(buffer.T, factor)
+            with full_precision():
+                grads.bias.addmv_(buffer.T, factor)
         scaled, after = as_operand(hidden, head) * factor[:, None], factor[:, None]
     if grads.weight is not None:
         add_product(grads.weight, buffer.T, scaled)
@@ -262,12 +264,7 @@ def _project(
 ) -> None:
     """`out = scale·(h Wᵀ + b)`, divided by the temperature already where no softcap intervenes."""
     scale = head.logit_scale if head.softcap is not None else head.logit_scale / head.temperature
-    if operand.dtype == out.dtype and scale != 1:
-        torch.addmm(out, operand, weight.T, beta=0, alpha=scale, out=out)
-    else:
-        product_into(operand, weight.T, out=out)
-        if scale != 1:
-            out.mul_(scale)
+    product_into(operand, weight.T, out=out, scale=scale)
     if head.bias is not None:
         out.add_(scale * head.bias[first:last].to(out.dtype))
 
