@@ -60,29 +60,55 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def online_softmax_update(
-    peak,  # (n,) largest logit so far, −inf at first
-    total,  # (n,) Σ e^(z − peak)
-    sum_ez,  # (n,) Σ e^(z − peak) (z − peak)
-    sum_ee,  # (n,) Σ e^2(z − peak)
-    z,  # (n, v) −inf where there is no column
+def softmax_sums_at(
+    anchor,  # the maximum they are to have
+    peak,  # the one they have; −inf where nothing is summed yet
+    total,  # Σ e^(z − peak)
+    sum_ez,  # Σ e^(z − peak) (z − peak)
+    sum_ee,  # Σ e^2(z − peak)
     HAS_ENTROPY: tl.constexpr,
     HAS_LOG_SUM_SQ: tl.constexpr,
 ):
-    """The four running values with one more tile of logits in them."""
-    highest = tl.maximum(peak, tl.max(z, 1))
+    """Three sums over exponentials, relative to another maximum."""
+    shift = peak - anchor
+    shrink = tl.exp(shift)
+    if HAS_ENTROPY:
+        carried = tl.where(total > 0, finite(shift) * total, 0.0)  # of nothing, nothing
+        sum_ez = shrink * (sum_ez + carried)
+    if HAS_LOG_SUM_SQ:
+        sum_ee = shrink * shrink * sum_ee
+    return shrink * total, sum_ez, sum_ee
+
+
+@triton.jit
+def online_softmax_update(
+    peak,  # (n,) largest logit so far, −inf at first
+    total,  # (n,) and the two below: sums as above
+    sum_ez,
+    sum_ee,
+    tile_peak,  # (n, v) logits or the largest of each tile; −inf where there is none
+    tile_total,  # (n, v) and the two below: their sums; of logits 1, 0 and 1
+    tile_sum_ez,
+    tile_sum_ee,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_LOG_SUM_SQ: tl.constexpr,
+):
+    """The four running values with more logits, or more tiles of them, in them."""
+    highest = tl.maximum(peak, tl.max(tile_peak, 1))
     # Of rows that a bias masks whole so far, −inf − −inf would be NaN.
     anchor = tl.where(highest == float("-inf"), 0.0, highest)
-    shrink = tl.exp(peak - anchor)
-    shifted = z - anchor[:, None]
-    e = tl.exp(shifted)
+    total, sum_ez, sum_ee = softmax_sums_at(
+        anchor, peak, total, sum_ez, sum_ee, HAS_ENTROPY, HAS_LOG_SUM_SQ
+    )
+    tile_total, tile_sum_ez, tile_sum_ee = softmax_sums_at(
+        anchor[:, None], tile_peak, tile_total, tile_sum_ez, tile_sum_ee,
+        HAS_ENTROPY, HAS_LOG_SUM_SQ,
+    )  # fmt: skip
     if HAS_ENTROPY:
-        carried = tl.where(total > 0, (peak - anchor) * total, 0.0)
-        sum_ez = shrink * (sum_ez + carried) + tl.sum(e * finite(shifted), 1)
+        sum_ez += tl.sum(tile_sum_ez, 1)
     if HAS_LOG_SUM_SQ:
-        sum_ee = shrink * shrink * sum_ee + tl.sum(e * e, 1)
-    total = shrink * total + tl.sum(e, 1)
-    return highest, total, sum_ez, sum_ee
+        sum_ee += tl.sum(tile_sum_ee, 1)
+    return highest, total + tl.sum(tile_total, 1), sum_ez, sum_ee
 
 
 @triton.jit
@@ -99,37 +125,25 @@ def online_argmax_update(
 
 @triton.jit
 def store_statistics(
-    peak,  # (n,) and so on, folded over the whole vocabulary
-    total,
-    sum_ez,
-    sum_ee,
-    sum_z,
-    best,
-    target_z,
-    target,
-    vocabulary,
-    logps_ptr,
-    lse_ptr,
-    entropy_ptr,
-    mean_logits_ptr,
-    is_top1_ptr,
-    log_sum_sq_ptr,
+    statistics_ptrs,  # (rows,) each, in the order below; None where not asked for
     row,
     is_row,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    HAS_TOP1: tl.constexpr,
-    HAS_LOG_SUM_SQ: tl.constexpr,
+    sums,  # peak, total, sum_ez, sum_ee (n,), folded over the whole vocabulary
+    mean,
+    is_top1,
+    target_z,
 ):
     """From running values to what is asked for, each `(n,)`."""
+    logps_ptr, lse_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_ptr = statistics_ptrs
+    peak, total, sum_ez, sum_ee = sums
     log_total = tl.log(total)
     tl.store(logps_ptr + row, target_z - peak - log_total, is_row)
     tl.store(lse_ptr + row, peak + log_total, is_row)
-    if HAS_ENTROPY:
+    if entropy_ptr is not None:
         tl.store(entropy_ptr + row, log_total - sum_ez / total, is_row)
-    if HAS_MEAN:
-        tl.store(mean_logits_ptr + row, sum_z / vocabulary, is_row)
-    if HAS_TOP1:
-        tl.store(is_top1_ptr + row, (best == target).to(tl.int8), is_row)
-    if HAS_LOG_SUM_SQ:
+    if mean_logits_ptr is not None:
+        tl.store(mean_logits_ptr + row, mean, is_row)
+    if is_top1_ptr is not None:
+        tl.store(is_top1_ptr + row, is_top1.to(tl.int8), is_row)
+    if log_sum_sq_ptr is not None:
         tl.store(log_sum_sq_ptr + row, tl.log(sum_ee) - 2.0 * log_total, is_row)
