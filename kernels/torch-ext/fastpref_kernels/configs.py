@@ -137,7 +137,8 @@ def projection_config(
             found = _PROJECTION_RICH.get(name, found)
     asked = os.environ.get("FASTPREF_PROJECTION")
     if asked:
-        found = ProjectionConfig(*map(int, asked.split(",")), descriptors=found.descriptors)
+        n, v, h, warps, stages = map(int, asked.split(","))
+        found = ProjectionConfig(n, v, h, warps, stages, found.descriptors)
     return replace(found, descriptors=found.descriptors and describable)
 
 

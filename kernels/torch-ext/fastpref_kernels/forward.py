@@ -20,6 +20,7 @@ from torch import Tensor
 from .configs import INTERPRETED, Epilogue, ProjectionConfig, architecture, projection_config
 from .primitives import (
     head_epilogue,
+    load_bias,
     online_argmax_update,
     online_softmax_update,
     store_statistics,
@@ -99,9 +100,7 @@ def projection_kernel(
                     left, right = left.to(dtype), right.to(dtype)
                 product = tl.dot(left, right, product, input_precision="ieee", out_dtype=dtype)
 
-        bias = 0.0
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + column, is_column, other=0.0).to(dtype)[None, :]
+        bias = load_bias(bias_ptr, column, is_column, dtype)
         z, _ = head_epilogue(product, bias, INNER, OUTER, HAS_SOFTCAP)
         out = (tile_offset + column_block).to(tl.int64) * rows + row
         if HAS_MEAN:
@@ -120,7 +119,7 @@ def projection_kernel(
             )
             tl.store(best_ptr + out, best, is_row)
         peak, total, sum_ez, sum_ee = online_softmax_update(
-            zero + float("-inf"), zero, zero, zero, z, 1.0, 0.0, 1.0, HAS_ENTROPY, HAS_LOG_SUM_SQ
+            zero + float("-inf"), zero, zero, zero, z, 1.0, None, 1.0, HAS_ENTROPY, HAS_LOG_SUM_SQ
         )
         tl.store(partials_ptr + out, peak, is_row)
         tl.store(partials_ptr + partial_stride + out, total, is_row)
@@ -168,7 +167,7 @@ def merge_kernel(
         if mean_logits_ptr is not None:
             sum_z += tl.sum(tl.load(there + 2 * partial_stride, within, other=0.0), 1)
         tile_total = tl.load(there + partial_stride, within, other=0.0)
-        tile_ez, tile_ee = 0.0, 0.0
+        tile_ez, tile_ee = None, None
         if entropy_ptr is not None:
             tile_ez = tl.load(there + 3 * partial_stride, within, other=0.0)
         if log_sum_sq_ptr is not None:

@@ -45,6 +45,15 @@ def head_epilogue(
 
 
 @triton.jit
+def load_bias(bias_ptr, column, is_column, dtype: tl.constexpr):
+    """(1, v), or 0.0 where there is none."""
+    bias = 0.0
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + column, is_column, other=0.0).to(dtype)[None, :]
+    return bias
+
+
+@triton.jit
 def finite(x):
     """Without −inf, so that its product with a probability of 0 is 0."""
     return tl.maximum(x, -3.0e38)
@@ -60,36 +69,15 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def softmax_sums_at(
-    anchor,  # the maximum they are to have
-    peak,  # the one they have; −inf where nothing is summed yet
-    total,  # Σ e^(z − peak)
-    sum_ez,  # Σ e^(z − peak) (z − peak)
-    sum_ee,  # Σ e^2(z − peak)
-    HAS_ENTROPY: tl.constexpr,
-    HAS_LOG_SUM_SQ: tl.constexpr,
-):
-    """Three sums over exponentials, relative to another maximum."""
-    shift = peak - anchor
-    shrink = tl.exp(shift)
-    if HAS_ENTROPY:
-        carried = tl.where(total > 0, finite(shift) * total, 0.0)  # of nothing, nothing
-        sum_ez = shrink * (sum_ez + carried)
-    if HAS_LOG_SUM_SQ:
-        sum_ee = shrink * shrink * sum_ee
-    return shrink * total, sum_ez, sum_ee
-
-
-@triton.jit
 def online_softmax_update(
     peak,  # (n,) largest logit so far, −inf at first
-    total,  # (n,) and the two below: sums as above
-    sum_ez,
-    sum_ee,
-    tile_peak,  # (n, v) logits or the largest of each tile; −inf where there is none
-    tile_total,  # (n, v) and the two below: their sums; of logits 1, 0 and 1
-    tile_sum_ez,
-    tile_sum_ee,
+    total,  # (n,) Σ e^(z − peak)
+    sum_ez,  # (n,) Σ e^(z − peak) (z − peak)
+    sum_ee,  # (n,) Σ e^2(z − peak)
+    tile_peak,  # (n, v) logits, or the largest of each tile; −inf where there is none
+    tile_total,  # (n, v) the same sum of each tile; of a logit 1
+    tile_ez,  # (n, v), or None for 0
+    tile_ee,  # (n, v)
     HAS_ENTROPY: tl.constexpr,
     HAS_LOG_SUM_SQ: tl.constexpr,
 ):
@@ -97,18 +85,19 @@ def online_softmax_update(
     highest = tl.maximum(peak, tl.max(tile_peak, 1))
     # Of rows that a bias masks whole so far, −inf − −inf would be NaN.
     anchor = tl.where(highest == float("-inf"), 0.0, highest)
-    total, sum_ez, sum_ee = softmax_sums_at(
-        anchor, peak, total, sum_ez, sum_ee, HAS_ENTROPY, HAS_LOG_SUM_SQ
-    )
-    tile_total, tile_sum_ez, tile_sum_ee = softmax_sums_at(
-        anchor[:, None], tile_peak, tile_total, tile_sum_ez, tile_sum_ee,
-        HAS_ENTROPY, HAS_LOG_SUM_SQ,
-    )  # fmt: skip
-    if HAS_ENTROPY:
-        sum_ez += tl.sum(tile_sum_ez, 1)
+    shift, tile_shift = peak - anchor, tile_peak - anchor[:, None]
+    shrink, tile_shrink = tl.exp(shift), tl.exp(tile_shift)
+    if HAS_ENTROPY:  # e^(z − anchor) (z − anchor), of which z − anchor is (z − peak) + shift
+        carried = tl.where(total > 0, shift * total, 0.0)
+        of_tile = finite(tile_shift) * tile_total
+        if tile_ez is not None:
+            of_tile += tile_ez
+        sum_ez = shrink * (sum_ez + carried) + tl.sum(tile_shrink * of_tile, 1)
     if HAS_LOG_SUM_SQ:
-        sum_ee += tl.sum(tile_sum_ee, 1)
-    return highest, total + tl.sum(tile_total, 1), sum_ez, sum_ee
+        of_tile = tile_shrink * tile_shrink * tile_ee
+        sum_ee = shrink * shrink * sum_ee + tl.sum(of_tile, 1)
+    total = shrink * total + tl.sum(tile_shrink * tile_total, 1)
+    return highest, total, sum_ez, sum_ee
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from .configs import Epilogue, rows_config
 from .primitives import (
     finite,
     head_epilogue,
+    load_bias,
     online_argmax_update,
     online_softmax_update,
     rounded,
@@ -67,11 +68,7 @@ def row_statistics_kernel(
         column = start + tl.arange(0, BLOCK_V)
         is_column = column < columns
         within = is_row[:, None] & is_column[None, :]
-        bias = 0.0
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + column, is_column, other=0.0).to(
-                products_ptr.dtype.element_ty
-            )[None, :]
+        bias = load_bias(bias_ptr, column, is_column, products_ptr.dtype.element_ty)
         product = tl.load(line_ptr + column[None, :], within, other=0.0)
         z, _ = head_epilogue(product, bias, INNER, OUTER, HAS_SOFTCAP)
         if mean_logits_ptr is not None:
@@ -82,7 +79,7 @@ def row_statistics_kernel(
         if is_top1_ptr is not None:
             best = online_argmax_update(best, peak, z, first + start)
         peak, total, sum_ez, sum_ee = online_softmax_update(
-            peak, total, sum_ez, sum_ee, z, 1.0, 0.0, 1.0,
+            peak, total, sum_ez, sum_ee, z, 1.0, None, 1.0,
             entropy_ptr is not None, log_sum_sq_ptr is not None,
         )  # fmt: skip
     if state_ptr is not None:
@@ -138,11 +135,7 @@ def row_gradients_kernel(
         column = start + tl.arange(0, BLOCK_V)
         is_column = column < columns
         within = is_row[:, None] & is_column[None, :]
-        bias = 0.0
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + column, is_column, other=0.0).to(
-                products_ptr.dtype.element_ty
-            )[None, :]
+        bias = load_bias(bias_ptr, column, is_column, products_ptr.dtype.element_ty)
         product = tl.load(line_ptr + column[None, :], within & live, other=0.0)
         z, slope = head_epilogue(product, bias, INNER, OUTER, HAS_SOFTCAP)
         log_p = z - lse
