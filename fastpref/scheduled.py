@@ -7,11 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from fastpref.backends import Backend, Head, RowStats, accumulate_dtype, compute_dtype
+from fastpref.backends import (
+    Backend,
+    Head,
+    HeadOptions,
+    RowStats,
+    accumulate_dtype,
+    compute_dtype,
+)
 from fastpref.objectives import Objective, mean_or_zero, own_parameters, step_metrics
 from fastpref.output import PreferenceOutput
 from fastpref.planner import Problem, make_plan
@@ -50,7 +58,7 @@ class Scheduled:
         weighted_lengths: bool,
         reduction: str,
         stats: tuple[str, ...],
-        **scalars: Tensor | float | None,
+        **scalars: Unpack[HeadOptions],
     ) -> PreferenceOutput:
         head = _head(hidden, weight, scalars)
         rows = Rows.of(targets, cu_seqlens, token_weights, hidden.device, responses)
@@ -118,7 +126,7 @@ class Scheduled:
         *,
         cu_seqlens: Tensor | None,
         token_weights: Tensor | None,
-        **scalars: Tensor | float | None,
+        **scalars: Unpack[HeadOptions],
     ) -> tuple[Tensor, Tensor]:
         rows = Rows.of(targets, cu_seqlens, token_weights, hidden.device)
         flat, head = hidden.flatten(0, -2), _head(hidden, weight, scalars)
@@ -133,13 +141,12 @@ class Scheduled:
         targets: Tensor,  # (N,)
         *,
         stats: tuple[str, ...],
-        **scalars: Tensor | float | None,
+        **scalars: Unpack[HeadOptions],
     ) -> dict[str, Tensor]:
-        index = (targets != IGNORED).nonzero().flatten()
-        if len(index) == len(targets):
-            index = None
-        else:
-            targets, index = targets[index], on_device(index, hidden.device)
+        scored = (targets != IGNORED).nonzero().flatten()
+        index = None
+        if len(scored) < len(targets):
+            targets, index = targets[scored], on_device(scored, hidden.device)
         wanted = on_device(targets, hidden.device)
         found = self._token_logps(hidden, _head(hidden, weight, scalars), wanted, index, stats)
         if index is not None:
@@ -160,7 +167,7 @@ class Scheduled:
         return [*TokenLogps.apply(*given, head, plan, self.backend, stats)]
 
 
-def _head(hidden: Tensor, weight: Tensor, scalars: Mapping[str, Tensor | float | None]) -> Head:
+def _head(hidden: Tensor, weight: Tensor, scalars: HeadOptions) -> Head:
     return Head(weight, **scalars, compute_dtype=compute_dtype(hidden, weight))
 
 

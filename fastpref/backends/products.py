@@ -22,7 +22,8 @@ _MM_OUT_DTYPE = _VERSION >= (2, 8) and torch.version.hip is None
 # Who multiplies float32, each with a setting of its own since torch 2.9.
 _LIBRARIES: tuple[Any, ...] = ()
 if _VERSION >= (2, 9):
-    _LIBRARIES = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    mkldnn: Any = torch.backends.mkldnn  # torch's own types lack its `matmul`
+    _LIBRARIES = (torch.backends.cuda.matmul, mkldnn.matmul)
 _SETTINGS_LOCK = threading.Lock()
 
 
@@ -134,26 +135,27 @@ def sliced_gradients(
     grads = Grads(
         operand.new_zeros(operand.shape, dtype=head.accumulate_dtype) if wants[0] else None,
         torch.empty_like(head.weight) if wants[1] else None,
-        torch.empty_like(head.bias) if wants[2] else None,
+        torch.empty_like(head.bias) if wants[2] and head.bias is not None else None,
     )
     buffer = hidden.new_empty(min(rows, len(hidden)), columns, dtype=head.accumulate_dtype)
     for first, last, weight in weight_slices(head, columns):
-        if wants[1]:  # a slice of the gradient itself where it needs no conversion
+        grad_weight = None
+        if grads.weight is not None:  # a slice of itself where it needs no conversion
             grad_weight = grads.weight[first:last].to(buffer.dtype).zero_()
         grad_bias = buffer.new_zeros(last - first)
         for start in range(0, len(hidden), rows):
             block = slice(start, start + rows)
             held = buffer[: len(operand[block]), : last - first]
             grad_logits = gradient_of(operand[block], weight, block, first, held)
-            if wants[2]:
+            if grads.bias is not None:
                 grad_bias += grad_logits.sum(0, dtype=grad_bias.dtype)
-            if wants[1]:
+            if grad_weight is not None:
                 add_product(grad_weight, grad_logits.T, operand[block])
-            if wants[0]:
+            if grads.hidden is not None:
                 add_product(grads.hidden[block], grad_logits, weight)
-        if wants[1]:
+        if grads.weight is not None and grad_weight is not None:
             grads.weight[first:last] = grad_weight
-        if wants[2]:
+        if grads.bias is not None:
             grads.bias[first:last] = grad_bias
     return grads
 
@@ -172,13 +174,18 @@ def add_target_rows(
         of_targets = head.weight[targets[part]].to(head.compute_dtype).to(grad.dtype)
         of_rows = share[part]
         if head.softcap is not None:
-            of_rows = of_rows * _target_slopes(of_targets, operand[part], targets[part], head)
+            inner = head.logit_scale / head.softcap
+            of_rows = of_rows * _target_slopes(
+                of_targets, operand[part], targets[part], head.bias, inner
+            )
         grad[part].addcmul_(of_targets, of_rows[:, None])
 
 
-def _target_slopes(of_targets: Tensor, operand: Tensor, targets: Tensor, head: Head) -> Tensor:
+def _target_slopes(
+    of_targets: Tensor, operand: Tensor, targets: Tensor, bias: Tensor | None, inner: float
+) -> Tensor:
     """1 − tanh² of the targets' logits `(n,)`, from the products: a small cap drowns in the lse."""
     z = torch.linalg.vecdot(of_targets, operand.to(of_targets.dtype))
-    if head.bias is not None:
-        z = z + head.bias[targets].to(z.dtype)
-    return torch.cosh(z * (head.logit_scale / head.softcap)).square().reciprocal()
+    if bias is not None:
+        z = z + bias[targets].to(z.dtype)
+    return torch.cosh(z * inner).square().reciprocal()
