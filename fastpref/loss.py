@@ -7,12 +7,12 @@ backend, or the definition itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 from torch import Tensor
 
 from fastpref import reference
-from fastpref.backends import TOKEN_STATS, choose_backend
+from fastpref.backends import TOKEN_STATS, HeadOptions, choose_backend
 from fastpref.domains import Domain
 from fastpref.objectives import Objective
 from fastpref.output import PreferenceOutput
@@ -100,12 +100,7 @@ def preference_loss(
             asynchronous assertion on an accelerator. So does an objective that couples pairs
             and does not say so, where its groups' losses are not those of all pairs together.
     """
-    head = {
-        "bias": bias,
-        "logit_scale": logit_scale,
-        "softcap": softcap,
-        "temperature": temperature,
-    }
+    head = HeadOptions(bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     stats = _names(stats)
     check_head(hidden, weight, targets, **head, stats=stats, known_stats=_AVERAGED)
     prompts = check_sequences(
@@ -174,12 +169,7 @@ def sequence_logps(
         Sums of (weighted) token log-probabilities `(S,)`, nats, fp32, and numbers of scored tokens
         `(S,)`, int64. In batches of pairs, `ref_logps` is the first of the two.
     """
-    head = {
-        "bias": bias,
-        "logit_scale": logit_scale,
-        "softcap": softcap,
-        "temperature": temperature,
-    }
+    head = HeadOptions(bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     check_head(hidden, weight, targets, **head)
     check_sequences(hidden, targets, cu_seqlens, token_weights)
     return _computing(backend, hidden, schedule, logits_budget).sequence_logps(
@@ -187,13 +177,36 @@ def sequence_logps(
     )
 
 
+class _Options(TypedDict, total=False):
+    """Of `linear_logps`, whatever it returns."""
+
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    backend: str
+    schedule: str
+    logits_budget: int | None
+
+
+# An empty tuple is a sequence too: the first that fits is meant.
 @overload
-def linear_logps(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, stats: tuple[()] = (), **options: Any
+def linear_logps(  # type: ignore[overload-overlap]
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    stats: tuple[()] = (),
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 @overload
 def linear_logps(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, stats: Sequence[str], **options: Any
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    stats: Sequence[str],
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 def linear_logps(
     hidden: Tensor,  # (N, H), or any leading shape
@@ -222,12 +235,7 @@ def linear_logps(
         Log-probabilities in targets' shape, nats, fp32, 0 where the target is -100; with `stats`
         a pair of them and a dictionary of further tensors of that shape.
     """
-    head = {
-        "bias": bias,
-        "logit_scale": logit_scale,
-        "softcap": softcap,
-        "temperature": temperature,
-    }
+    head = HeadOptions(bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     stats = _names(stats)
     check_head(hidden, weight, targets, **head, stats=stats, known_stats=TOKEN_STATS)
     found = _computing(backend, hidden, schedule, logits_budget).token_statistics(

@@ -7,11 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from fastpref.backends import Backend, Head, RowStats, accumulate_dtype, compute_dtype
+from fastpref.backends import (
+    Backend,
+    Head,
+    HeadOptions,
+    RowStats,
+    accumulate_dtype,
+    compute_dtype,
+)
 from fastpref.objectives import Objective, mean_or_zero, own_parameters, step_metrics
 from fastpref.output import PreferenceOutput
 from fastpref.planner import Problem, make_plan
@@ -21,12 +29,17 @@ from fastpref.sequences import IGNORED, Rows, on_device
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A backend, and what the caller asked of the planner."""
+    """A backend, and what the caller asked of the planner.
+
+    Under `torch.compile` it runs as it is: the plan reads lengths, where a graph would end, and
+    products taken into a graph would multiply at the caller's precision.
+    """
 
     backend: Backend
     schedule: str
     logits_budget: int | None
 
+    @torch.compiler.disable
     def preference_loss(
         self,
         hidden: Tensor,  # (K·B, T, H), or (total, H)
@@ -45,7 +58,7 @@ class Scheduled:
         weighted_lengths: bool,
         reduction: str,
         stats: tuple[str, ...],
-        **scalars: Tensor | float | None,
+        **scalars: Unpack[HeadOptions],
     ) -> PreferenceOutput:
         head = _head(hidden, weight, scalars)
         rows = Rows.of(targets, cu_seqlens, token_weights, hidden.device, responses)
@@ -104,6 +117,7 @@ class Scheduled:
         metrics |= _token_metrics(rows, dict(zip(stats, extra, strict=False)))
         return PreferenceOutput(loss, losses.detach(), logps, rows.lengths, metrics, plan)
 
+    @torch.compiler.disable
     def sequence_logps(
         self,
         hidden: Tensor,  # (S, T, H), or (total, H)
@@ -112,13 +126,14 @@ class Scheduled:
         *,
         cu_seqlens: Tensor | None,
         token_weights: Tensor | None,
-        **scalars: Tensor | float | None,
+        **scalars: Unpack[HeadOptions],
     ) -> tuple[Tensor, Tensor]:
         rows = Rows.of(targets, cu_seqlens, token_weights, hidden.device)
         flat, head = hidden.flatten(0, -2), _head(hidden, weight, scalars)
         per_row = self._token_logps(flat, head, rows.targets, rows.index, ())[0]
         return rows.sums(per_row), rows.lengths
 
+    @torch.compiler.disable
     def token_statistics(
         self,
         hidden: Tensor,  # (N, H)
@@ -126,13 +141,12 @@ class Scheduled:
         targets: Tensor,  # (N,)
         *,
         stats: tuple[str, ...],
-        **scalars: Tensor | float | None,
+        **scalars: Unpack[HeadOptions],
     ) -> dict[str, Tensor]:
-        index = (targets != IGNORED).nonzero().flatten()
-        if len(index) == len(targets):
-            index = None
-        else:
-            targets, index = targets[index], on_device(index, hidden.device)
+        scored = (targets != IGNORED).nonzero().flatten()
+        index = None
+        if len(scored) < len(targets):
+            targets, index = targets[scored], on_device(scored, hidden.device)
         wanted = on_device(targets, hidden.device)
         found = self._token_logps(hidden, _head(hidden, weight, scalars), wanted, index, stats)
         if index is not None:
@@ -153,7 +167,7 @@ class Scheduled:
         return [*TokenLogps.apply(*given, head, plan, self.backend, stats)]
 
 
-def _head(hidden: Tensor, weight: Tensor, scalars: Mapping[str, Tensor | float | None]) -> Head:
+def _head(hidden: Tensor, weight: Tensor, scalars: HeadOptions) -> Head:
     return Head(weight, **scalars, compute_dtype=compute_dtype(hidden, weight))
 
 

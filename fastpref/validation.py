@@ -35,9 +35,9 @@ def check_head(
     """Everything about the projection: hidden, weight, bias, targets and the head's scalars."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
         _tensor(name, tensor)
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None and _tensor(name, tensor).dtype not in _FLOATS:
-            raise TypeError(f"{name} must be one of {_FLOATS}, got {_describe(tensor)}")
+    for name, given in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if given is not None and _tensor(name, given).dtype not in _FLOATS:
+            raise TypeError(f"{name} must be one of {_FLOATS}, got {_describe(given)}")
     if hidden.dim() < 2:
         raise ValueError(f"hidden must be (…, H), got {_describe(hidden)}")
     if weight.dim() != 2 or not len(weight):

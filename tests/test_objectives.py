@@ -35,6 +35,7 @@ from fastpref import (
     DiscoPOP,
     Divergence,
     Hinge,
+    ListLogps,
     Mixture,
     Objective,
     PairLogps,
@@ -626,3 +627,29 @@ def test_balance_must_be_a_balance():
 def test_objective_of_ones_own_must_say_its_losses():
     with pytest.raises(NotImplementedError, match="Mine must implement"):
         type("Mine", (Objective,), {})()(make_pairs())
+
+
+@pytest.mark.parametrize(
+    ("look", "name"),
+    [
+        (lambda pairs: pairs.log_ratios(normalized=False), "ref_logps"),
+        (lambda pairs: pairs.log_ratios(normalized=True), "ref_logps"),
+        (lambda pairs: pairs.score_gap(), "scores"),
+        (WPO(SimPO()).weight, "alignments"),
+    ],
+)
+def test_what_an_objective_misses_is_named(look, name):
+    vector = torch.ones(3)
+    with pytest.raises(ValueError, match=f"looks at {name}"):
+        look(PairLogps(vector, vector, vector, vector))
+
+
+def test_a_list_objective_without_scores_names_them():
+    with pytest.raises(ValueError, match="looks at scores"):
+        PlackettLuce()(ListLogps(torch.ones(3, 2), torch.ones(3, 2), torch.ones(3, 2)))
+
+
+def test_sft_of_pairs_alone_takes_their_own_mean_length():
+    logps, lengths = torch.tensor([-6.0, -4.0]), torch.tensor([2.0, 3.0])
+    losses = SFT()(PairLogps(logps, logps, lengths, lengths))
+    assert losses.mean().item() == pytest.approx(10 / 5)

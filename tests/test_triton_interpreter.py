@@ -671,7 +671,9 @@ def operator_arguments():
     head = (bias, 0.7, 4.0, 1.3)
     formula = UniDPO(balance=Balance(), nll_weight=0.5).formula()
     return {
-        "projection": (hidden, weight, targets, *head, " ".join(STATS), index, torch.float32),
+        "projection_statistics": (
+            hidden, weight, targets, *head, " ".join(STATS), index, torch.float32,
+        ),
         "row_statistics": (products, targets, *head, "entropy is_top1", 0, 37, state),
         "row_gradients_": (
             products, targets, lse, coef, *head, torch.float32, 0, lse - 3, coef + 1, True,

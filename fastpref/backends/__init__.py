@@ -10,13 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "torch", "triton", "reference")
 TOKEN_STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+
+
+class HeadOptions(TypedDict):
+    """What the public functions take of the head beside its weight."""
+
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -38,16 +47,6 @@ class Head:
     @property
     def accumulate_dtype(self) -> torch.dtype:
         return accumulate_dtype(self.compute_dtype)
-
-    @property
-    def options(self) -> dict[str, Tensor | float | None]:
-        """As the public functions take them."""
-        return {
-            "bias": self.bias,
-            "logit_scale": self.logit_scale,
-            "softcap": self.softcap,
-            "temperature": self.temperature,
-        }
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -87,11 +86,12 @@ class RowStats:
         """The statistics of consecutive rows as one."""
         if len(parts) == 1:
             return parts[0]
+        factors = [part.factor for part in parts if part.factor is not None]
         return cls(
             torch.cat([part.logps for part in parts]),
             torch.cat([part.lse for part in parts]),
             {name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra},
-            None if parts[0].factor is None else torch.cat([part.factor for part in parts]),
+            torch.cat(factors) if factors else None,
         )
 
 
@@ -178,8 +178,13 @@ class Backend(Protocol):
     ) -> Grads:
         """Gradients from logits computed once more; weight and bias in the parameters' dtype."""
 
-    weigh_pairs: Callable[..., Weighed] | None
-    scaled: Callable[[Tensor, Tensor, torch.dtype], Tensor] | None
+    @property
+    def weigh_pairs(self) -> Callable[..., Weighed] | None:
+        """Losses, coefficients and metrics of pairs, as in `fastpref_kernels.weigh_pairs`."""
+
+    @property
+    def scaled(self) -> Callable[[Tensor, Tensor, torch.dtype], Tensor] | None:
+        """A gradient, consumed, times an upstream gradient `()`, in some dtype."""
 
 
 def choose_backend(name: str, device: torch.device) -> Backend:

@@ -1,8 +1,11 @@
-"""The large matrix products: their operands, their dtype, and gradients slice after slice."""
+"""The large matrix products: operands, dtype, precision, and gradients slice after slice."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,12 @@ _TARGET_ROWS = 256
 # `mm(..., out_dtype=float32)` keeps the fp32 accumulator of bf16 products; CUDA, torch ≥ 2.8.
 _VERSION = tuple(int(x) for x in torch.__version__.split(".")[:2])
 _MM_OUT_DTYPE = _VERSION >= (2, 8) and torch.version.hip is None
+# Who multiplies float32, each with a setting of its own since torch 2.9.
+_LIBRARIES: tuple[Any, ...] = ()
+if _VERSION >= (2, 9):
+    mkldnn: Any = torch.backends.mkldnn  # torch's own types lack its `matmul`
+    _LIBRARIES = (torch.backends.cuda.matmul, mkldnn.matmul)
+_SETTINGS_LOCK = threading.Lock()
 
 
 def multiplies_half(device_type: str) -> bool:
@@ -48,20 +57,64 @@ def weight_slices(head: Head, columns: int | None = None) -> Iterator[tuple[int,
         yield first, last, head.weight[first:last].to(head.compute_dtype).to(dtype)
 
 
-def product_into(left: Tensor, right: Tensor, *, out: Tensor) -> None:
-    """`out = left @ right`, in out's dtype from the accumulators."""
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 as such: in it no TF32 and no bf16, whatever the process allows.
+
+    The settings are the process's own: they are held for the length of a product only, by one
+    thread at a time, and left as they were.
+    """
+    with _SETTINGS_LOCK:
+        apart = [(library, library.fp32_precision) for library in _LIBRARIES]
+        together = _matmul_precision()
+        if together == "highest" and all(allowed in ("ieee", "none") for _, allowed in apart):
+            yield
+            return
+        _allow("highest" if together else None, [(library, "ieee") for library, _ in apart])
+        try:
+            yield
+        finally:
+            _allow(together, apart)
+
+
+def _matmul_precision() -> str | None:
+    """The one setting for all libraries; None where they were set apart and it refuses to say."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def _allow(together: str | None, apart: list[tuple[Any, str]]) -> None:
+    if together is not None:
+        torch.set_float32_matmul_precision(together)
+    for library, allowed in apart:
+        library.fp32_precision = "none"  # takes after `torch.backends.fp32_precision`
+        if library.fp32_precision != allowed:
+            library.fp32_precision = allowed
+
+
+def product_into(left: Tensor, right: Tensor, *, out: Tensor, scale: float = 1.0) -> None:
+    """`out = scale · left @ right`, in out's dtype from the accumulators."""
+    with full_precision():
+        if left.dtype != out.dtype:
+            torch.mm(left, right, out_dtype=out.dtype, out=out)
+        elif scale == 1:
+            torch.mm(left, right, out=out)
+        else:
+            torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
+            return
+    if scale != 1:
+        out.mul_(scale)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """`total += left @ right`, accumulated in total's dtype."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    with full_precision():
+        if left.dtype == total.dtype:
+            total.addmm_(left, right)
+        else:
+            torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 def sliced_gradients(
@@ -82,26 +135,27 @@ def sliced_gradients(
     grads = Grads(
         operand.new_zeros(operand.shape, dtype=head.accumulate_dtype) if wants[0] else None,
         torch.empty_like(head.weight) if wants[1] else None,
-        torch.empty_like(head.bias) if wants[2] else None,
+        torch.empty_like(head.bias) if wants[2] and head.bias is not None else None,
     )
     buffer = hidden.new_empty(min(rows, len(hidden)), columns, dtype=head.accumulate_dtype)
     for first, last, weight in weight_slices(head, columns):
-        if wants[1]:  # a slice of the gradient itself where it needs no conversion
+        grad_weight = None
+        if grads.weight is not None:  # a slice of itself where it needs no conversion
             grad_weight = grads.weight[first:last].to(buffer.dtype).zero_()
         grad_bias = buffer.new_zeros(last - first)
         for start in range(0, len(hidden), rows):
             block = slice(start, start + rows)
             held = buffer[: len(operand[block]), : last - first]
             grad_logits = gradient_of(operand[block], weight, block, first, held)
-            if wants[2]:
+            if grads.bias is not None:
                 grad_bias += grad_logits.sum(0, dtype=grad_bias.dtype)
-            if wants[1]:
+            if grad_weight is not None:
                 add_product(grad_weight, grad_logits.T, operand[block])
-            if wants[0]:
+            if grads.hidden is not None:
                 add_product(grads.hidden[block], grad_logits, weight)
-        if wants[1]:
+        if grads.weight is not None and grad_weight is not None:
             grads.weight[first:last] = grad_weight
-        if wants[2]:
+        if grads.bias is not None:
             grads.bias[first:last] = grad_bias
     return grads
 
@@ -120,13 +174,18 @@ def add_target_rows(
         of_targets = head.weight[targets[part]].to(head.compute_dtype).to(grad.dtype)
         of_rows = share[part]
         if head.softcap is not None:
-            of_rows = of_rows * _target_slopes(of_targets, operand[part], targets[part], head)
+            inner = head.logit_scale / head.softcap
+            of_rows = of_rows * _target_slopes(
+                of_targets, operand[part], targets[part], head.bias, inner
+            )
         grad[part].addcmul_(of_targets, of_rows[:, None])
 
 
-def _target_slopes(of_targets: Tensor, operand: Tensor, targets: Tensor, head: Head) -> Tensor:
+def _target_slopes(
+    of_targets: Tensor, operand: Tensor, targets: Tensor, bias: Tensor | None, inner: float
+) -> Tensor:
     """1 − tanh² of the targets' logits `(n,)`, from the products: a small cap drowns in the lse."""
     z = torch.linalg.vecdot(of_targets, operand.to(of_targets.dtype))
-    if head.bias is not None:
-        z = z + head.bias[targets].to(z.dtype)
-    return torch.cosh(z * (head.logit_scale / head.softcap)).square().reciprocal()
+    if bias is not None:
+        z = z + bias[targets].to(z.dtype)
+    return torch.cosh(z * inner).square().reciprocal()

@@ -16,6 +16,7 @@ from fastpref.backends.products import (
     add_product,
     add_target_rows,
     as_operand,
+    full_precision,
     product_dtype,
     product_into,
     sliced_gradients,
@@ -52,8 +53,7 @@ def forward(
         for first, last, weight in weight_slices(head, columns):
             z = buffer[: len(operand), : last - first]
             _project(operand, weight, head, first, last, out=z)
-            if head.softcap is not None:
-                _softcap_(z, head)
+            _softcap_(z, head)
             fold.add(z, first)
         parts.append(fold.finish(vocabulary))
     return RowStats.concatenate(parts)
@@ -79,9 +79,7 @@ def group_forward(
 
 def _block_forward(z: Tensor, targets: Tensor, head: Head, stats: tuple[str, ...]) -> RowStats:
     """Statistics of a block; `z (n, V)` becomes (E − s·onehot), times 1 − tanh² under a softcap."""
-    slope = None
-    if head.softcap is not None:
-        slope = _softcap_(z, head)
+    slope = _softcap_(z, head)
     peak = z.amax(-1, keepdim=True)
     target_z = z.gather(-1, targets[:, None])
     extra = {}
@@ -116,6 +114,7 @@ def group_backward(
     coef: Tensor,  # (n,)
     grads: Grads,
 ) -> None:
+    assert rows.factor is not None  # `group_forward` gives it
     factor = rows.factor * coef
     dtype = product_dtype(head)
     if dtype != buffer.dtype:  # the one rounding of half-precision operands is of the product
@@ -125,7 +124,8 @@ def group_backward(
         scaled, after = as_operand(hidden, head), None
     else:
         if grads.bias is not None:
-            grads.bias.addmv_(buffer.T, factor)
+            with full_precision():
+                grads.bias.addmv_(buffer.T, factor)
         scaled, after = as_operand(hidden, head) * factor[:, None], factor[:, None]
     if grads.weight is not None:
         add_product(grads.weight, buffer.T, scaled)
@@ -150,7 +150,7 @@ def forward_with_gradients(
     for first, last, weight in weight_slices(head, buffer.shape[1]):
         z = buffer[:, : last - first]
         _project(operand, weight, head, first, last, out=z)
-        slope = _softcap_(z, head) if head.softcap is not None else None
+        slope = _softcap_(z, head)
         grad.mul_(fold.add(z, first))  # z is E = exp(z − max z) now
         _clear_targets(z, targets, first)
         if slope is not None:
@@ -177,7 +177,7 @@ def recompute_backward(
 
     def gradient_of(operand: Tensor, weight: Tensor, block: slice, first: int, z: Tensor) -> Tensor:
         _project(operand, weight, head, first, first + len(weight), out=z)
-        slope = _softcap_(z, head) if head.softcap is not None else None
+        slope = _softcap_(z, head)
         z.sub_(lse[block, None])
         if entropy is not None:  # ∂H/∂z = −p (log p + H); of log p = −inf, p log p is 0
             z.clamp_(min=_LOG_OF_ZERO)
@@ -232,7 +232,8 @@ class _Fold:
         shifted = z.sub_(anchor)
         finite = _finite(shifted) if self.sum_ez is not None else None
         e = shifted.exp_()
-        if finite is not None:  # Σ e^(z−peak) (z−peak), carried over to the new peak
+        if self.sum_ez is not None and finite is not None:
+            # Σ e^(z−peak) (z−peak), carried over to the new peak.
             carried = torch.where(self.total > 0, (self.peak - anchor) * self.total, 0)
             self.sum_ez = shrink * (self.sum_ez + carried) + _weighted_sum(e, finite)
         if self.sum_ee is not None:
@@ -262,18 +263,15 @@ def _project(
 ) -> None:
     """`out = scale·(h Wᵀ + b)`, divided by the temperature already where no softcap intervenes."""
     scale = head.logit_scale if head.softcap is not None else head.logit_scale / head.temperature
-    if operand.dtype == out.dtype and scale != 1:
-        torch.addmm(out, operand, weight.T, beta=0, alpha=scale, out=out)
-    else:
-        product_into(operand, weight.T, out=out)
-        if scale != 1:
-            out.mul_(scale)
+    product_into(operand, weight.T, out=out, scale=scale)
     if head.bias is not None:
         out.add_(scale * head.bias[first:last].to(out.dtype))
 
 
-def _softcap_(z: Tensor, head: Head) -> Tensor:
-    """Caps `z` in place and returns 1 − tanh², the slope of the cap."""
+def _softcap_(z: Tensor, head: Head) -> Tensor | None:
+    """Caps `z` in place and returns 1 − tanh², the slope of the cap; None where there is none."""
+    if head.softcap is None:
+        return None
     z.div_(head.softcap).tanh_()
     slope = 1 - z * z
     z.mul_(head.softcap / head.temperature)

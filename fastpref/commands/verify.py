@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ class Batch:
     weight: Tensor
     targets: Tensor
     bias: Tensor | None
-    options: dict[str, object]  # what else `preference_loss` takes, but for the planner's
+    options: dict[str, Any]  # what else `preference_loss` takes, but for the planner's
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def make_batch(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> 
     lengths = (targets != -100).sum(1)
     scores = (10 * torch.rand(2, shape.pairs, generator=draw)).sort(0, descending=True).values
     # Near the policy's own log-probabilities, so that no loss is saturated.
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         "scores": scores.flatten().to(device),
         **shape.scalars,
     }
@@ -183,20 +184,14 @@ def verify_batch(
             continue
         how = {"backend": backend, "schedule": schedule, "logits_budget": budget}
         ours = _run(batch, objective, frozen=schedule == "frozen_head", **how)
-        errors = {
-            name: _distance(value, truth.values[name])
-            for name, value in ours.values.items()
-            if value is not None
-        }
+        errors = {name: _distance(value, truth.values[name]) for name, value in ours.values.items()}
         found[schedule] = [Result(name, error, allowed[name]) for name, error in errors.items()]
     return found
 
 
 @dataclass(frozen=True)
 class _Run:
-    values: dict[
-        str, Tensor | None
-    ]  # logps, loss and gradients, by their symbols: ℓ, L, ∂h, ∂W, ∂b
+    values: dict[str, Tensor]  # logps, loss and gradients, by their symbols: ℓ, L, ∂h, ∂W, ∂b
     output: PreferenceOutput
 
 
@@ -241,7 +236,9 @@ def _allowed(
     of_coefs /= max(_largest(coefs), torch.finfo(torch.float64).tiny)
 
     allowed = {"ℓ": delta, "L": amplified["L"] + of_losses}
-    leaves = {"∂h": batch.hidden, "∂W": batch.weight, "∂b": batch.bias}
+    leaves = {"∂h": batch.hidden, "∂W": batch.weight}
+    if batch.bias is not None:
+        leaves["∂b"] = batch.bias
     for name in truth.values.keys() - allowed.keys():
         largest = truth.values[name].abs().max().item()
         result = torch.finfo(leaves[name].dtype)
@@ -334,15 +331,15 @@ def _weigh(objective: Objective, batch: Batch, truth: _Run, logps: Tensor) -> tu
     def of(values: Tensor) -> Tensor:
         return values.to(leaf.dtype).view(2, -1)[:, counted]
 
-    def of_pairs(name: str) -> Tensor | None:
-        values = batch.options.get(name)
-        return None if values is None else values.to(leaf.dtype)[counted]
+    def of_pairs(name: str) -> Tensor:
+        return batch.options[name].to(leaf.dtype)[counted]
 
-    inputs = lengths, batch.options["ref_logps"], batch.options["scores"]
     seen = ListLogps(
         leaf[:, counted],
-        *map(of, inputs),
-        betas=of_pairs("betas"),
+        of(lengths),
+        of(batch.options["ref_logps"]),
+        of(batch.options["scores"]),
+        betas=of_pairs("betas") if "betas" in batch.options else None,
         mean_lengths=tuple(lengths.double().mean(1).unbind()),
     )
     losses = reference.pair_losses(objective, objective.view(seen))
@@ -352,7 +349,7 @@ def _weigh(objective: Objective, batch: Batch, truth: _Run, logps: Tensor) -> tu
     return losses.detach(), coefs
 
 
-def _run(batch: Batch, objective: Objective, frozen: bool = False, **how: object) -> _Run:
+def _run(batch: Batch, objective: Objective, frozen: bool = False, **how: Any) -> _Run:
     leaves = {
         "hidden": batch.hidden.detach().requires_grad_(),
         "weight": batch.weight.detach().requires_grad_(not frozen),
@@ -360,10 +357,18 @@ def _run(batch: Batch, objective: Objective, frozen: bool = False, **how: object
     if batch.bias is not None:
         leaves["bias"] = batch.bias.detach().requires_grad_(not frozen)
     output = preference_loss(
-        targets=batch.targets, objective=objective, **leaves, **batch.options, **how
+        leaves["hidden"],
+        leaves["weight"],
+        batch.targets,
+        objective,
+        bias=leaves.get("bias"),
+        **batch.options,
+        **how,
     )
     output.loss.backward()
-    gradients = {_SYMBOLS[name]: leaf.grad for name, leaf in leaves.items()}
+    gradients = {
+        _SYMBOLS[name]: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None
+    }
     return _Run({"ℓ": output.logps, "L": output.loss} | gradients, output)
 
 
@@ -374,7 +379,7 @@ def _cast(batch: Batch, dtype: torch.dtype) -> Batch:
     )
 
 
-def _of_head(batch: Batch) -> dict[str, object]:
+def _of_head(batch: Batch) -> dict[str, Any]:
     names = ("cu_seqlens", "token_weights", *_SCALARS)
     return {n: batch.options[n] for n in names if n in batch.options} | {"bias": batch.bias}
 

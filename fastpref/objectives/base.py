@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from fastpref.objectives.balance import Balance
 
 
+def given(name: str, values: Tensor | None) -> Tensor:
+    """What an objective looks at, by the name that the caller knows it by.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    if values is None:
+        raise ValueError(f"the objective looks at {name}, of which there are none")
+    return values
+
+
 @dataclass(frozen=True)
 class ListLogps:
     """What a list-wise objective may look at: `(K, B)`, response k of prompt b, but for `betas`.
@@ -45,7 +56,7 @@ class ListLogps:
     betas: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     alignments: Tensor | None = None
-    mean_lengths: tuple[float, ...] = ()
+    mean_lengths: tuple[float | Tensor, ...] = ()
 
     @property
     def responses(self) -> int:
@@ -57,28 +68,31 @@ class ListLogps:
 
     def log_ratios(self, normalized: bool) -> Tensor:
         """Policy minus reference log-probabilities, per token if `normalized`."""
-        ratios = self.logps - self.ref_logps
+        ratios = self.logps - given("ref_logps", self.ref_logps)
         return ratios / self.lengths if normalized else ratios
 
     def pairs(self, chosen: int = 0, rejected: int = 1) -> PairLogps:
         """Two responses of every prompt as pairs."""
-        columns = {
-            name: (None, None) if of is None else (of[chosen], of[rejected])
-            for name, of in vars(self).items()
-            if name in ("logps", "lengths", "ref_logps", "scores", "alignments")
-        }
+
+        def of(values: Tensor | None, response: int) -> Tensor | None:
+            return None if values is None else values[response]
+
         of_pairs = {
             name: x if x.dim() == 1 else x[[chosen, rejected]] for name, x in self.extras.items()
         }
         return PairLogps(
-            *columns["logps"],
-            *columns["lengths"],
-            *columns["ref_logps"],
-            *columns["scores"],
+            chosen_logps=self.logps[chosen],
+            rejected_logps=self.logps[rejected],
+            chosen_lengths=self.lengths[chosen],
+            rejected_lengths=self.lengths[rejected],
+            ref_chosen_logps=of(self.ref_logps, chosen),
+            ref_rejected_logps=of(self.ref_logps, rejected),
+            chosen_scores=of(self.scores, chosen),
+            rejected_scores=of(self.scores, rejected),
             betas=self.betas,
             extras=of_pairs,
-            chosen_alignments=columns["alignments"][0],
-            rejected_alignments=columns["alignments"][1],
+            chosen_alignments=of(self.alignments, chosen),
+            rejected_alignments=of(self.alignments, rejected),
             mean_chosen_length=self.mean_lengths[chosen] if self.mean_lengths else None,
         )
 
@@ -121,7 +135,7 @@ class PairLogps:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     chosen_alignments: Tensor | None = None
     rejected_alignments: Tensor | None = None
-    mean_chosen_length: float | None = None
+    mean_chosen_length: float | Tensor | None = None
 
     @property
     def chosen_mean_logps(self) -> Tensor:
@@ -133,11 +147,11 @@ class PairLogps:
 
     @property
     def ref_chosen_mean_logps(self) -> Tensor:
-        return self.ref_chosen_logps / self.chosen_lengths
+        return given("ref_logps", self.ref_chosen_logps) / self.chosen_lengths
 
     @property
     def ref_rejected_mean_logps(self) -> Tensor:
-        return self.ref_rejected_logps / self.rejected_lengths
+        return given("ref_logps", self.ref_rejected_logps) / self.rejected_lengths
 
     def logps(self, normalized: bool) -> tuple[Tensor, Tensor]:
         """Policy log-probabilities `(chosen, rejected)`, per token if `normalized`."""
@@ -150,8 +164,12 @@ class PairLogps:
         if normalized:
             chosen = self.chosen_mean_logps - self.ref_chosen_mean_logps
             return chosen, self.rejected_mean_logps - self.ref_rejected_mean_logps
-        chosen = self.chosen_logps - self.ref_chosen_logps
-        return chosen, self.rejected_logps - self.ref_rejected_logps
+        chosen = self.chosen_logps - given("ref_logps", self.ref_chosen_logps)
+        return chosen, self.rejected_logps - given("ref_logps", self.ref_rejected_logps)
+
+    def score_gap(self) -> Tensor:
+        """Chosen minus rejected scores."""
+        return given("scores", self.chosen_scores) - given("scores", self.rejected_scores)
 
 
 @dataclass(frozen=True)
@@ -289,20 +307,21 @@ class Composite(Objective):
     def parts(self) -> tuple[Objective, ...]:
         raise NotImplementedError(f"{type(self).__name__} must say its parts")
 
+    # What is an attribute elsewhere follows from the parts here.
     @property
-    def couples_pairs(self) -> bool:
+    def couples_pairs(self) -> bool:  # type: ignore[override]
         return any(part.couples_pairs for part in self.parts)
 
     @property
-    def takes_betas(self) -> bool:
+    def takes_betas(self) -> bool:  # type: ignore[override]
         return all(part.takes_betas for part in self.parts)
 
     @property
-    def extras(self) -> tuple[str, ...]:
+    def extras(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(dict.fromkeys(name for part in self.parts for name in part.extras))
 
     @property
-    def needs_alignments(self) -> bool:
+    def needs_alignments(self) -> bool:  # type: ignore[override]
         return any(part.needs_alignments for part in self.parts)
 
     @property

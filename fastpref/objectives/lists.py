@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fastpref.domains import check_fields, number
-from fastpref.objectives.base import Composite, ListLogps, Objective
+from fastpref.objectives.base import Composite, ListLogps, Objective, given
 
 
 class ListObjective(Objective):
@@ -23,13 +22,17 @@ class ListObjective(Objective):
     Everything else as in `Objective`. `rewards` are `(K, B)`.
     """
 
-    def view(self, lists: ListLogps) -> ListLogps:
+    # Given lists for pairs, its methods differ in type from those of objectives of pairs.
+    def view(self, lists: ListLogps) -> ListLogps:  # type: ignore[override]
         return lists
 
-    def rewards(self, lists: ListLogps) -> Tensor:
+    def rewards(self, lists: ListLogps) -> Tensor:  # type: ignore[override]
         return lists.log_probs(False) if lists.ref_logps is None else lists.log_ratios(False)
 
-    def report(self, lists: ListLogps) -> dict[str, Tensor]:
+    def diagnostics(self, lists: ListLogps) -> dict[str, Tensor]:  # type: ignore[override]
+        return {}
+
+    def report(self, lists: ListLogps) -> dict[str, Tensor]:  # type: ignore[override]
         """Rewards of the best- and the worst-scored response, and the share of pairs in order."""
         scale = self.reward_scale if lists.betas is None else lists.betas
         rewards = scale * self.rewards(lists)
@@ -62,7 +65,7 @@ class PlackettLuce(ListObjective):
     beta: float = number(0.1, above=0)
     length_normalized: bool = False
 
-    takes_betas: ClassVar[bool] = True
+    takes_betas = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -71,12 +74,12 @@ class PlackettLuce(ListObjective):
     def needs_scores(self) -> bool:
         return True
 
-    def rewards(self, lists: ListLogps) -> Tensor:
+    def rewards(self, lists: ListLogps) -> Tensor:  # type: ignore[override]
         return lists.log_ratios(self.length_normalized)
 
-    def __call__(self, lists: ListLogps) -> Tensor:
+    def __call__(self, lists: ListLogps) -> Tensor:  # type: ignore[override]
         beta = self.beta if lists.betas is None else lists.betas
-        ranking = lists.scores.argsort(dim=0, descending=True, stable=True)
+        ranking = given("scores", lists.scores).argsort(dim=0, descending=True, stable=True)
         ranked = (beta * self.rewards(lists)).gather(0, ranking)
         # Of what is left at each rank: the logarithm of sums from the end.
         left = ranked.flip(0).logcumsumexp(0).flip(0)
@@ -106,16 +109,16 @@ class RankedPairs(Composite, ListObjective):
     def parts(self) -> tuple[Objective, ...]:
         return (self.objective,)
 
-    def rewards(self, lists: ListLogps) -> Tensor:
+    def rewards(self, lists: ListLogps) -> Tensor:  # type: ignore[override]
         """Each response's reward as the pair objective sees it: with itself for the other."""
         of_each = [self.objective.rewards(lists.pairs(k, k))[0] for k in range(lists.responses)]
         return torch.stack(of_each)
 
-    def __call__(self, lists: ListLogps) -> Tensor:
-        losses, better = [], []
+    def __call__(self, lists: ListLogps) -> Tensor:  # type: ignore[override]
+        losses, better, scores = [], [], given("scores", lists.scores)
         for chosen, rejected in itertools.permutations(range(lists.responses), 2):
             losses.append(self.objective(lists.pairs(chosen, rejected)))
-            better.append(lists.scores[chosen] > lists.scores[rejected])
+            better.append(scores[chosen] > scores[rejected])
         return _mean_where(torch.stack(better), torch.stack(losses))
 
 

@@ -37,7 +37,7 @@ class MarginObjective(Objective):
     divergence: Divergence | None = dataclasses.field(default=None, kw_only=True)
 
     uses_reference: ClassVar[bool] = True
-    takes_betas: ClassVar[bool] = True
+    takes_betas = True
     # A field where the formula does not fix it; annotated here, it would come before beta there.
     length_normalized = False
 
@@ -72,10 +72,12 @@ class MarginObjective(Objective):
 
     def beta_of(self, pairs: PairLogps) -> float | Tensor:
         """β, of each pair where the batch has its own."""
-        return self.beta if pairs.betas is None else pairs.betas
+        if pairs.betas is not None:
+            return pairs.betas
+        return self.beta  # type: ignore[attr-defined]  # a field where it is asked for
 
-    def balance_log_probs(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
-        return self.balance.log_probs(pairs)
+    def balance_log_probs(self, balance: Balance, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        return balance.log_probs(pairs)
 
     def formula(self) -> PairFormula | None:
         """Of the objectives that have ingredients; a subclass may compute something else."""
@@ -98,13 +100,14 @@ class MarginObjective(Objective):
         chosen, rejected = self.margin_rewards(pairs)
         if self.balance is None:
             return chosen - rejected
-        a_chosen, a_rejected = self.balance.coefficients(*self.balance_log_probs(pairs))
+        log_probs = self.balance_log_probs(self.balance, pairs)
+        a_chosen, a_rejected = self.balance.coefficients(*log_probs)
         return a_chosen * chosen - a_rejected * rejected
 
     def diagnostics(self, pairs: PairLogps) -> dict[str, Tensor]:
         if self.balance is None:
             return {}
-        log_probs = self.balance_log_probs(pairs)
+        log_probs = self.balance_log_probs(self.balance, pairs)
         a_chosen, a_rejected = self.balance.coefficients(*log_probs)
         return {
             "balance/chosen": a_chosen,
@@ -182,7 +185,7 @@ class IPO(MarginObjective):
 
     beta: float = number(0.1, above=0)
 
-    length_normalized: ClassVar[bool] = True
+    length_normalized = True
 
     def _ingredients(self) -> dict[str, Any]:
         return {"link": "square", "shift": -1 / (2 * self.beta), "beta_shifts": True}
@@ -207,7 +210,7 @@ class SimPO(MarginObjective):
     gamma: float = number(0.5)
 
     uses_reference: ClassVar[bool] = False
-    length_normalized: ClassVar[bool] = True
+    length_normalized = True
 
     def _ingredients(self) -> dict[str, Any]:
         return {"scale": self.beta, "shift": -self.gamma}
@@ -289,8 +292,8 @@ class ORPO(MarginObjective):
     odds_weight: float = number(0.1, at_least=0)
 
     uses_reference: ClassVar[bool] = False
-    takes_betas: ClassVar[bool] = False
-    length_normalized: ClassVar[bool] = True
+    takes_betas = False
+    length_normalized = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -305,8 +308,8 @@ class ORPO(MarginObjective):
         chosen, rejected = pairs.chosen_mean_logps, pairs.rejected_mean_logps
         return chosen - log1m_exp(chosen), rejected - log1m_exp(rejected)
 
-    def balance_log_probs(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
-        chosen, rejected = super().balance_log_probs(pairs)
+    def balance_log_probs(self, balance: Balance, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        chosen, rejected = super().balance_log_probs(balance, pairs)
         return chosen + log1m_exp(chosen), rejected + log1m_exp(rejected)
 
     def _ingredients(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpref.domains import FINITE, POSITIVE
-from fastpref.objectives.base import Composite, Objective, PairLogps
+from fastpref.objectives.base import Composite, Objective, PairLogps, given
 from fastpref.objectives.lists import check_of_pairs
 
 
@@ -85,8 +85,9 @@ class WPO(Composite):
 
     def weight(self, pairs: PairLogps) -> Tensor:
         """w_w w_l `(B,)`."""
-        chosen = pairs.chosen_alignments / pairs.chosen_lengths
-        return torch.exp(chosen + pairs.rejected_alignments / pairs.rejected_lengths)
+        chosen = given("alignments", pairs.chosen_alignments) / pairs.chosen_lengths
+        rejected = given("alignments", pairs.rejected_alignments) / pairs.rejected_lengths
+        return torch.exp(chosen + rejected)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         return self.weight(pairs) * self.objective(pairs)

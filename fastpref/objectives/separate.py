@@ -13,14 +13,13 @@ SFT         −ℓ_w over the batch's mean chosen length
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastpref.domains import check_fields, number
-from fastpref.objectives.base import Objective, PairLogps
+from fastpref.objectives.base import Objective, PairLogps, given
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class _OfRewards(Objective):
 
     beta: float = number(0.1, above=0)
 
-    takes_betas: ClassVar[bool] = True
+    takes_betas = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -113,12 +112,13 @@ class AOT(_OfRewards):
 
     label_smoothing: float = number(0.0, at_least=0, below=0.5)
 
-    couples_pairs: ClassVar[bool] = True
-    takes_betas: ClassVar[bool] = False  # a sorted margin is no pair's
+    couples_pairs = True
+    takes_betas = False  # a sorted margin is no pair's
 
     def sorted_difference(self, pairs: PairLogps) -> Tensor:
         policy = (pairs.chosen_logps - pairs.rejected_logps).sort().values
-        reference = (pairs.ref_chosen_logps - pairs.ref_rejected_logps).sort().values
+        ref_chosen = given("ref_logps", pairs.ref_chosen_logps)
+        reference = (ref_chosen - given("ref_logps", pairs.ref_rejected_logps)).sort().values
         return policy - reference
 
     def __call__(self, pairs: PairLogps) -> Tensor:
@@ -147,4 +147,5 @@ class SFT(Objective):
         return False
 
     def __call__(self, pairs: PairLogps) -> Tensor:
-        return -pairs.chosen_logps / pairs.mean_chosen_length
+        length = pairs.mean_chosen_length
+        return -pairs.chosen_logps / (pairs.chosen_lengths.mean() if length is None else length)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastpref.domains import FINITE, number
-from fastpref.objectives.base import PairLogps
+from fastpref.objectives.base import PairLogps, given
 from fastpref.objectives.margin import MarginObjective
 
 
@@ -116,7 +116,7 @@ class UniDPO(MarginObjective):
     def quality_weight(self, pairs: PairLogps) -> Tensor:
         if self.eta == 0:
             return torch.full_like(pairs.chosen_logps, 0.5)
-        return torch.sigmoid(self.eta * (pairs.chosen_scores - pairs.rejected_scores))
+        return torch.sigmoid(self.eta * pairs.score_gap())
 
     def performance_weight(self, pairs: PairLogps) -> Tensor:
         chosen, rejected = pairs.logps(self.length_normalized)
@@ -128,7 +128,7 @@ class UniDPO(MarginObjective):
         if self.nll_weight == 0:
             return torch.zeros_like(pairs.chosen_logps)
         log_ratio, _ = pairs.log_ratios(self.length_normalized)
-        applies = (log_ratio < 0) & (pairs.chosen_scores >= self.tau_good)
+        applies = (log_ratio < 0) & (given("scores", pairs.chosen_scores) >= self.tau_good)
         return self.nll_weight * applies.to(pairs.chosen_logps.dtype)
 
     def _ingredients(self) -> dict[str, Any]:

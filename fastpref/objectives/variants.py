@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,7 +116,7 @@ class ODPO(MarginObjective):
         return True
 
     def __call__(self, pairs: PairLogps) -> Tensor:
-        gap = pairs.chosen_scores - pairs.rejected_scores
+        gap = pairs.score_gap()
         require((gap > 0).all(), "ODPO needs chosen scores above the rejected ones", gap, gap > 0)
         margin = self.beta_of(pairs) * self.reward_margin(pairs)
         return -logsigmoid(margin - self.alpha * torch.log(gap))
@@ -180,7 +180,7 @@ class BetaDPO(MarginObjective):
     alpha: float = number(0.6, at_least=0)
     threshold: float = number(0.0)
 
-    couples_pairs: ClassVar[bool] = True
+    couples_pairs = True
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         margin = self.beta_of(pairs) * self.reward_margin(pairs)

@@ -7,12 +7,13 @@ prompt, `(B,)`.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpref.objectives import Balance, ListLogps, Mixture, Objective, PairLogps, is_built_in
+from fastpref.objectives.base import given
 
 
 def balance_coefficients(
@@ -23,13 +24,15 @@ def balance_coefficients(
         return 1.0, 1.0
     b_w, b_l = pairs.chosen_logps.detach(), pairs.rejected_logps.detach()
     if balance.source == "implicit_reward":
-        b_w, b_l = b_w - pairs.ref_chosen_logps, b_l - pairs.ref_rejected_logps
+        b_w = b_w - given("ref_logps", pairs.ref_chosen_logps)
+        b_l = b_l - given("ref_logps", pairs.ref_rejected_logps)
     if balance.per_token:
         b_w, b_l = b_w / pairs.chosen_lengths, b_l / pairs.rejected_lengths
     if log_odds:  # dρ/dp̄ = 1/(p̄(1−p̄))
         b_w, b_l = b_w + _log1m(b_w), b_l + _log1m(b_l)
     delta = b_w - b_l
-    a_w, a_l = 1.0, 1.0
+    a_w: Tensor | float = 1.0
+    a_l: Tensor | float = 1.0
     if balance.chosen_exponent != 0:
         a_w = (balance.chosen_exponent * delta).exp().clip(balance.floor, balance.ceiling)
     if balance.rejected_exponent != 0:
@@ -283,14 +286,17 @@ def _one_prompt(lists: ListLogps, prompt: int) -> ListLogps:
     return ListLogps(**fields)
 
 
-def pair_losses(objective: Objective, seen: PairLogps | ListLogps) -> Tensor:
-    """Losses `(B,)` of a built-in objective by the formulas above, of a user's by itself."""
+def pair_losses(objective: Objective, seen: Any) -> Tensor:
+    """Losses `(B,)` of a built-in objective by the formulas above, of a user's by itself.
+
+    `seen` is the objective's own `view`.
+    """
     formula = globals().get(type(objective).__name__.lower())
     if formula is None or not is_built_in(objective):
         return objective(seen)
     if isinstance(objective, Mixture):
         return formula(seen, terms=objective.terms)
-    fields = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}
+    fields = dict(vars(objective))
     if seen.betas is not None and "beta" in fields:
         fields["beta"] = seen.betas
     return formula(seen, **fields)

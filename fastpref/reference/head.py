@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def linear_logps(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     targets: Tensor,  # (N,)
-    **head,  # bias, logit_scale, softcap, temperature
+    **head: Any,  # bias, logit_scale, softcap, temperature
 ) -> Tensor:
     """Log-probability of each target `(N,)`, nats; 0 where the target is -100."""
     return token_statistics(hidden, weight, targets, **head)["logps"]
@@ -45,7 +47,7 @@ def token_statistics(
     targets: Tensor,  # (N,)
     *,
     stats: tuple[str, ...] = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs"),
-    **head,
+    **head: Any,
 ) -> dict[str, Tensor]:
     """`logps` and the asked-for statistics, each `(N,)`; 0 where not scored."""
     targets = targets.to(hidden.device)
@@ -74,7 +76,7 @@ def sequence_logps(
     *,
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     token_weights: Tensor | None = None,  # hidden's leading shape
-    **head,
+    **head: Any,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sums of token log-probabilities `(S,)` and scored lengths `(S,)`."""
     logps = linear_logps(hidden.flatten(0, -2), weight, targets.flatten(), **head)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,15 +38,16 @@ def preference_loss(
     weighted_lengths: bool = False,
     reduction: str = "mean",
     stats: tuple[str, ...] = (),
-    **head,
+    **head: Any,
 ) -> PreferenceOutput:
     """`fastpref.preference_loss` by definition; every field is differentiable."""
-    how = {"cu_seqlens": cu_seqlens, "token_weights": token_weights}
-    logps, tokens = sequence_logps(hidden, weight, targets, **how, **head)
+    logps, tokens = sequence_logps(
+        hidden, weight, targets, cu_seqlens=cu_seqlens, token_weights=token_weights, **head
+    )
     dtype, prompts = logps.dtype, len(logps) // responses
     counted = (tokens.view(responses, -1) > 0).all(0)
     lengths = tokens
-    if weighted_lengths:
+    if weighted_lengths and token_weights is not None:
         scored = (targets.flatten() != IGNORED).to(hidden.device)
         lengths = sums(scored * token_weights.flatten().to(logps), targets, cu_seqlens)
         lengths = lengths.clamp(min=torch.finfo(torch.float32).tiny)
@@ -56,18 +58,21 @@ def preference_loss(
     if objective.needs_alignments:
         aligned = sums(values["logps"] - values["log_sum_sq_probs"], targets, cu_seqlens)
 
-    def of(values: Tensor | None) -> Tensor | None:
+    def of(values: Tensor) -> Tensor:
         """Of the counted prompts, `(K, ·)`, or `(·,)` where there is one number a prompt."""
-        if values is None:
-            return None
         values = values.to(dtype) if values is logps else values.detach().to(dtype)
         return values[counted] if len(values) == prompts else values.view(responses, -1)[:, counted]
 
     seen = ListLogps(
-        of(logps), of(lengths), of(ref_logps), of(scores), of(betas),
-        {name: of(value) for name, value in (extras or {}).items()}, of(aligned),
+        of(logps),
+        of(lengths),
+        None if ref_logps is None else of(ref_logps),
+        None if scores is None else of(scores),
+        None if betas is None else of(betas),
+        {name: of(value) for name, value in (extras or {}).items()},
+        None if aligned is None else of(aligned),
         tuple(lengths.view(responses, -1).to(dtype).mean(1).unbind()),
-    )  # fmt: skip
+    )
     losses = 0 * logps[:prompts]  # differentiable where no prompt counts, too
     if counted.any():
         by_formula = pair_losses(objective, objective.view(seen))
@@ -76,7 +81,7 @@ def preference_loss(
         losses = losses.masked_scatter(counted, by_formula)
     if pair_weights is not None:
         losses = losses * pair_weights.to(dtype)
-    loss = {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[reduction]()
+    loss = losses if reduction == "none" else getattr(losses, reduction)()
     metrics = step_metrics(objective, seen)
     metrics |= _token_metrics(values, targets, cu_seqlens, responses, stats)
     return PreferenceOutput(loss, losses, logps, tokens, metrics)

@@ -43,7 +43,7 @@ class PairGroups(torch.autograd.Function):
         plan: Plan,
         backend: Backend,
         stats: tuple[str, ...],
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Any, ...]:
         dtype = head.accumulate_dtype
         grad_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if hidden.requires_grad else None
         grads = Grads(
@@ -61,8 +61,8 @@ class PairGroups(torch.autograd.Function):
         logps = rows.in_batch_order(torch.cat([part.logps for part in group.weighed]))
         alignments = None
         if objective.needs_alignments:
-            alignments = torch.cat([part.alignments for part in group.weighed])
-            alignments = rows.in_batch_order(alignments)
+            parts = [part.alignments for part in group.weighed if part.alignments is not None]
+            alignments = rows.in_batch_order(torch.cat(parts))
         if len(plan.groups) > 1 and not prompts.fusible(objective, backend):
             prompts.refuse_coupled(objective, logps, alignments, losses)
         metrics = _joined([part.metrics for part in group.weighed])
@@ -156,15 +156,16 @@ class _Group:
         self.backend.group_backward(
             operand, targets, self.head, self.buffer[i:j], part[i:j], coef[i:j], grads
         )
-        if of_rows is not None:
+        if self.grads.hidden is not None and of_rows is not None:
             self.grads.hidden.index_copy_(0, index, of_rows)
 
 
 def _joined(parts: list[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
     """Metrics of consecutive pairs as one."""
-    if parts[0] is None:
+    found = [part for part in parts if part is not None]
+    if not found:
         return None
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
 def _live_ranges(coef: Tensor) -> list[tuple[int, int]]:

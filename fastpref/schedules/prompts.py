@@ -6,7 +6,7 @@ never sees it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -57,7 +57,8 @@ class Prompts:
             for name, x in (extras or {}).items()
         }
         self.weighted_lengths = weighted_lengths and rows.weights is not None
-        if self.weighted_lengths:
+        self.mean_lengths: tuple[float | Tensor, ...]
+        if weighted_lengths and rows.weights is not None:
             sums = rows.sums(torch.ones_like(rows.weights, dtype=torch.float64))
             lengths = rows.in_batch_order(sums).clamp(min=torch.finfo(torch.float32).tiny)
             self.lengths = lengths.view(responses, -1)
@@ -82,22 +83,23 @@ class Prompts:
             found = [i for i, counts in enumerate(counted) if counts]
             which = on_device(torch.tensor(found, dtype=torch.int64, device="cpu"), logps.device)
 
-        def picked(values: Tensor | None) -> Tensor | None:
-            return values if values is None or which is None else values[..., which]
+        def picked(values: Tensor) -> Tensor:
+            return values if which is None else values[..., which]
 
-        def of(values: Tensor | None) -> Tensor | None:
-            if values is None:
-                return None
+        def of(values: Tensor) -> Tensor:
             return picked(values[..., first:last].to(logps.dtype))
+
+        def if_any(choose: Callable[[Tensor], Tensor], values: Tensor | None) -> Tensor | None:
+            return None if values is None else choose(values)
 
         seen = ListLogps(
             logps=picked(logps),
             lengths=of(self.lengths),
-            ref_logps=of(self.ref_logps),
-            scores=of(self.scores),
-            betas=of(self.betas),
+            ref_logps=if_any(of, self.ref_logps),
+            scores=if_any(of, self.scores),
+            betas=if_any(of, self.betas),
             extras={name: of(values) for name, values in self.extras.items()},
-            alignments=picked(alignments),
+            alignments=if_any(picked, alignments),
             mean_lengths=self.mean_lengths,
         )
         return seen, which
@@ -167,6 +169,7 @@ class Prompts:
         last: int,
         divisor: int,
     ) -> Weighed:
+        assert backend.weigh_pairs is not None  # else not `fusible`
         return backend.weigh_pairs(
             logps,
             self.rows.offsets,
@@ -216,7 +219,7 @@ class PairLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logps: Tensor, inputs: Prompts, objective: Objective, backend: Backend
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor] | None]:
         weighed = inputs.weigh_fused(objective, backend, logps, 0, len(inputs.counted), 1)
         ctx.save_for_backward(weighed.coef)
         ctx.rows = inputs.rows

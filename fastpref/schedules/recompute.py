@@ -30,7 +30,7 @@ def recomputed_gradients(
     rows = hidden if index is None else hidden.index_select(0, index)
     found = backend.recompute_backward(rows, targets, head, lse, coef, entropy, tile, wants)
     del rows
-    if wants[0]:
+    if found.hidden is not None:
         found.hidden = _at_rows(found.hidden, index, hidden)
     return found
 

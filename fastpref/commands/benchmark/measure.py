@@ -248,9 +248,10 @@ def accuracy(inputs: Inputs, names: list[str], source: str) -> list[dict[str, An
             "dtype": str(inputs.hidden.dtype).removeprefix("torch."),
             "loss": abs(loss - true_loss),
         }
-        if PEERS[name].logps is not None:
+        logps_of = PEERS[name].logps
+        if logps_of is not None:
             with torch.no_grad():
-                off = PEERS[name].logps(mine).double() - true_logps
+                off = logps_of(mine).double() - true_logps
             entry["token_logps"] = off.abs().max().item()
             entry["response_logps"] = off.sum(-1).abs().max().item()
         for leaf, grad in grads.items():

@@ -31,8 +31,8 @@ def make_step(kind: str, model_directory: str, lora: bool, device: str) -> Calla
     from fastpref.trl import PreferenceConfig, PreferenceTrainer
 
     ours = kind == "PreferenceTrainer"
-    trainer_class = PreferenceTrainer if ours else DPOTrainer
-    config_class = PreferenceConfig if ours else DPOConfig
+    trainer_class: Any = PreferenceTrainer if ours else DPOTrainer
+    config_class: Any = PreferenceConfig if ours else DPOConfig
     config = config_class(
         tempfile.mkdtemp(),
         per_device_train_batch_size=PAIRS,

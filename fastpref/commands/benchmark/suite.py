@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastpref.commands.benchmark.measure import (
@@ -15,7 +16,7 @@ from fastpref.commands.benchmark.measure import (
     time_peers,
 )
 from fastpref.commands.benchmark.peers import OURS, PEERS
-from fastpref.commands.benchmark.workloads import Workload, make_inputs, real_inputs
+from fastpref.commands.benchmark.workloads import Inputs, Workload, make_inputs, real_inputs
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -54,7 +55,8 @@ class Sweep:
 
     @classmethod
     def of(cls, base: Workload, axis: str, field: str, values: tuple[int, ...]) -> Sweep:
-        return cls(axis, tuple(dataclasses.replace(base, **{field: value}) for value in values))
+        fields: list[dict[str, Any]] = [{field: value} for value in values]
+        return cls(axis, tuple(dataclasses.replace(base, **changed) for changed in fields))
 
 
 def _sweeps(base: Workload, lengths: tuple, entries: tuple, pairs: tuple) -> tuple[Sweep, ...]:
@@ -116,15 +118,15 @@ def suite_for(device: str, *, quick: bool, heads: list[str] | None = None) -> Su
         speed = CPU_QUICK if device == "cpu" else GPU_SPEED[:2]
         full = Suite(speed, 3, 1, (), False, both[:1], 2, 0)
     if heads:
-        speed = [workload for workload in full.speed if workload.head in heads]
+        chosen = [workload for workload in full.speed if workload.head in heads]
         # A head that the suite has not is measured at its first workload's size.
-        speed += [
+        chosen += [
             dataclasses.replace(full.speed[0], head=head)
             for head in heads
-            if head not in {workload.head for workload in speed}
+            if head not in {workload.head for workload in chosen}
         ]
         sweeps = [sweep for sweep in full.sweeps if sweep.workloads[0].head in heads]
-        full = dataclasses.replace(full, speed=tuple(speed), sweeps=tuple(sweeps))
+        full = dataclasses.replace(full, speed=tuple(chosen), sweeps=tuple(sweeps))
     return full
 
 
@@ -145,9 +147,9 @@ def run_suite(
         results[part] = []
     parts = list(_parts(suite, names, device, model_directory))
     task = progress.add_task("", total=len(parts))
-    for title, part in parts:
+    for title, measured in parts:
         progress.update(task, description=title)
-        for name, entries in part().items():
+        for name, entries in measured().items():
             results[name] += entries
         save(results)
         progress.advance(task)
@@ -165,39 +167,36 @@ def _parts(
     exact = [name for name in names if not PEERS[name].compiles]
     for workload in suite.speed:
         wanted = names if suite.compiled and workload == suite.speed[0] else exact
-        yield workload.name, lambda w=workload, n=wanted: _compare(w, n, suite, device)
+        yield workload.name, partial(_compare, workload, wanted, suite, device)
     for sweep in suite.sweeps:
         for workload in sweep.workloads:
             title = f"against {sweep.axis}: {workload.name}"
-            yield title, lambda s=sweep, w=workload: _sweep_point(s, w, names, device)
+            yield title, partial(_sweep_point, sweep, workload, names, device)
     for workload in suite.accuracy:
-        yield (
-            f"accuracy: {workload.name}",
-            lambda w=workload: {
-                "accuracy": accuracy(make_inputs(w, device), exact, "random, deviation 6")
-            },
-        )
+        inputs = partial(make_inputs, workload, device)
+        yield f"accuracy: {workload.name}", partial(_accuracy, inputs, exact, "random, deviation 6")
         if model_directory is not None:
-            yield (
-                f"accuracy on text, {workload.dtype}",
-                lambda w=workload: {
-                    "accuracy": accuracy(
-                        real_inputs(model_directory, suite.accuracy_pairs, w.dtype, device),
-                        exact,
-                        "SmolLM2 on text",
-                    )
-                },
+            inputs = partial(
+                real_inputs, model_directory, suite.accuracy_pairs, workload.dtype, device
             )
+            title = f"accuracy on text, {workload.dtype}"
+            yield title, partial(_accuracy, inputs, exact, "SmolLM2 on text")
     if suite.training_rounds and model_directory is not None:
-        from fastpref.commands.benchmark.steps import measure_steps
-
         for lora in (False, True):
-            yield (
-                f"training steps: {'LoRA' if lora else 'full'}",
-                lambda x=lora: {
-                    "training": measure_steps(model_directory, x, suite.training_rounds, device)
-                },
-            )
+            title = f"training steps: {'LoRA' if lora else 'full'}"
+            yield title, partial(_training, model_directory, lora, suite.training_rounds, device)
+
+
+def _accuracy(
+    inputs: Callable[[], Inputs], names: list[str], source: str
+) -> dict[str, list[dict[str, Any]]]:
+    return {"accuracy": accuracy(inputs(), names, source)}
+
+
+def _training(*given: Any) -> dict[str, list[dict[str, Any]]]:
+    from fastpref.commands.benchmark.steps import measure_steps
+
+    return {"training": measure_steps(*given)}
 
 
 def _compare(

@@ -194,10 +194,11 @@ def real_inputs(model_directory: str, pairs: int, dtype: str, device: str = "cpu
 
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
     model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
-    chosen, rejected = [], []
+    chosen: list[tuple[int, list[int]]] = []
+    rejected: list[tuple[int, list[int]]] = []
     for pair in read_pairs(PAIRS)[0][:pairs]:
         for response, into in ((pair.chosen, chosen), (pair.rejected, rejected)):
-            prompt = tokenizer(pair.prompt + "\n").input_ids
+            prompt = tokenizer(f"{pair.prompt}\n").input_ids
             into.append((len(prompt), prompt + tokenizer(response).input_ids))
     sequences = chosen + rejected
     longest = max(len(ids) for _, ids in sequences)

@@ -12,7 +12,7 @@ import torch
 from .configs import ProjectionConfig, projection_config, rows_config
 from .forward import BAND, MERGE_N, MERGE_T, merge_kernel, projection_kernel
 from .pairs import BLOCK_TOKENS, LINKS, pair_weighting_kernel
-from .rows import STATISTICS, row_gradients_kernel, row_statistics_kernel, statistics_flags
+from .rows import row_gradients_kernel, row_statistics_kernel
 from .scale import BLOCK_ELEMENTS, scale_kernel
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -85,10 +85,13 @@ def _projection(
         f"{name}{', all statistics' if rich else ''}{'' if descriptors else ', pointers'}",
         types,
         _head(rich)
-        | _statistics(rich)
+        | _absent("best_ptr", unless=rich)
+        | _absent("index_ptr", unless=not descriptors)
         | {
             "HIDDEN_SIZE": _HIDDEN_SIZE,
-            "HAS_INDEX": not descriptors,
+            "HAS_ENTROPY": rich,
+            "HAS_MEAN": rich,
+            "HAS_LOG_SUM_SQ": rich,
             "HAS_DESCRIPTORS": descriptors,
             "UPCAST": False,
             "BAND": BAND,
@@ -105,8 +108,10 @@ def _merge(*, rich: bool) -> CompileCase:
     return _case(
         merge_kernel,
         "all statistics" if rich else "",
-        _types(merge_kernel, best_ptr="*i32", is_top1_ptr="*i8" if rich else "*fp32"),
-        _statistics(rich) | {"BLOCK_N": MERGE_N, "BLOCK_T": MERGE_T},
+        _types(merge_kernel, best_ptr="*i32", is_top1_ptr="*i8"),
+        _statistics(rich)
+        | _absent("best_ptr", unless=rich)
+        | {"BLOCK_N": MERGE_N, "BLOCK_T": MERGE_T},
         num_warps=4,
     )
 
@@ -116,10 +121,11 @@ def _row_statistics(*, rich: bool, sliced: bool = False) -> CompileCase:
     return _case(
         row_statistics_kernel,
         ", ".join(["all statistics"] * rich + ["of slices"] * sliced),
-        _types(row_statistics_kernel, bias_ptr="*bf16", is_top1_ptr="*i8" if rich else "*fp32"),
+        _types(row_statistics_kernel, bias_ptr="*bf16", is_top1_ptr="*i8"),
         _head(rich)
         | _statistics(rich)
-        | {"HAS_STATE": sliced, "BLOCK_N": config.block_n, "BLOCK_V": config.block_v},
+        | _absent("state_ptr", unless=sliced)
+        | {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v},
         aligned=("columns", "stride"),
         num_warps=config.num_warps,
     )
@@ -132,8 +138,8 @@ def _row_gradients(dtype: torch.dtype, *, rich: bool, at_target: bool = True) ->
         ", ".join([_NAMES[dtype]] + ["entropy"] * rich + ["without the target"] * (not at_target)),
         _types(row_gradients_kernel, bias_ptr="*bf16", grad_ptr=f"*{_NAMES[dtype]}"),
         _head(rich)
+        | _absent("entropy_ptr", "entropy_coef_ptr", unless=rich)
         | {
-            "HAS_ENTROPY": rich,
             "HAS_TARGET": at_target,
             "BLOCK_N": config.block_n,
             "BLOCK_V": config.block_v,
@@ -150,7 +156,17 @@ def _pairs(*, rich: bool) -> CompileCase:
         pair_weighting_kernel,
         "every ingredient" if rich else "log-sigmoid",
         _types(pair_weighting_kernel, offsets_ptr="*i64", numbers_ptr="*fp64"),
-        flags | {"LINK": LINKS.index("log_sigmoid"), "BLOCK": BLOCK_TOKENS},
+        flags
+        | _absent(
+            "weights_ptr",
+            "ref_logps_ptr",
+            "scores_ptr",
+            "pair_weights_ptr",
+            "betas_ptr",
+            "lengths_ptr",
+            unless=rich,
+        )
+        | {"LINK": LINKS.index("log_sigmoid"), "BLOCK": BLOCK_TOKENS},
         num_warps=4,
     )
 
@@ -199,8 +215,14 @@ def _blocks(config: ProjectionConfig) -> dict[str, int]:
 
 
 def _head(rich: bool) -> dict[str, Any]:
-    return {"INNER": 1.0, "OUTER": 1.0, "HAS_SOFTCAP": rich, "HAS_BIAS": rich}
+    scalars = {"INNER": 1.0, "OUTER": 1.0, "HAS_SOFTCAP": rich}
+    return scalars | _absent("bias_ptr", unless=rich)
 
 
-def _statistics(rich: bool) -> dict[str, bool]:
-    return statistics_flags(STATISTICS if rich else ())
+def _statistics(rich: bool) -> dict[str, None]:
+    return _absent("entropy_ptr", "mean_logits_ptr", "is_top1_ptr", "log_sum_sq_ptr", unless=rich)
+
+
+def _absent(*pointers: str, unless: bool) -> dict[str, None]:
+    """A pointer to nothing is None, which is a compile-time constant."""
+    return {} if unless else dict.fromkeys(pointers)

@@ -36,10 +36,6 @@ class Epilogue:
         bias = self.bias[first:last]
         return Epilogue(bias, self.logit_scale, self.softcap, self.temperature)
 
-    def bias_or(self, other: Tensor) -> Tensor:
-        """The bias, or a tensor in its place that no kernel will read."""
-        return other if self.bias is None else self.bias
-
     def flags(self) -> dict[str, bool | float]:
         """The kernels' compile-time arguments; a head has one set of them for its whole life."""
         if self.softcap is None:
@@ -50,7 +46,6 @@ class Epilogue:
             "INNER": float(inner),
             "OUTER": float(outer),
             "HAS_SOFTCAP": self.softcap is not None,
-            "HAS_BIAS": self.bias is not None,
         }
 
 
@@ -142,7 +137,8 @@ def projection_config(
             found = _PROJECTION_RICH.get(name, found)
     asked = os.environ.get("FASTPREF_PROJECTION")
     if asked:
-        found = ProjectionConfig(*map(int, asked.split(",")), descriptors=found.descriptors)
+        n, v, h, warps, stages = map(int, asked.split(","))
+        found = ProjectionConfig(n, v, h, warps, stages, found.descriptors)
     return replace(found, descriptors=found.descriptors and describable)
 
 

@@ -10,6 +10,8 @@ Each value has one writer, so there are no locks, no atomics, and two runs agree
 tiles' values are `(tiles, n)`: 8 bytes a row and tile.
 """
 
+from collections.abc import Collection
+
 import torch
 import triton
 import triton.language as tl
@@ -18,11 +20,12 @@ from torch import Tensor
 from .configs import INTERPRETED, Epilogue, ProjectionConfig, architecture, projection_config
 from .primitives import (
     head_epilogue,
+    load_bias,
     online_argmax_update,
     online_softmax_update,
     store_statistics,
 )
-from .rows import as_booleans, new_statistics, statistics_flags, statistics_pointers
+from .rows import finished, new_statistics, statistics_pointers
 
 # What the tiles' values and a copy of the rows may take: more rows go in a launch of their own.
 _LAUNCH_BYTES = 32 * 2**20
@@ -36,12 +39,12 @@ MERGE_N, MERGE_T = 32, 32  # rows × tiles that the merge holds
 def projection_kernel(
     hidden,  # (·, H) pointer, or descriptor of blocks (BLOCK_N, BLOCK_H)
     weight,  # (columns, H) pointer, or descriptor of blocks (BLOCK_V, BLOCK_H)
-    bias_ptr,  # (columns,)
-    index_ptr,  # (rows,) rows of hidden
+    bias_ptr,  # (columns,), or None
+    index_ptr,  # (rows,) rows of hidden, or None for all
     targets_ptr,  # (rows,)
     target_z_ptr,  # (rows,) out
     partials_ptr,  # (values, tiles, rows) out
-    best_ptr,  # (tiles, rows) out
+    best_ptr,  # (tiles, rows) out, or None
     rows,
     columns,
     first,  # column of the vocabulary that weight begins with
@@ -53,11 +56,8 @@ def projection_kernel(
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_MEAN: tl.constexpr,
-    HAS_TOP1: tl.constexpr,
     HAS_LOG_SUM_SQ: tl.constexpr,
     HAS_DESCRIPTORS: tl.constexpr,
     UPCAST: tl.constexpr,  # the interpreter multiplies no half precision
@@ -87,7 +87,7 @@ def projection_kernel(
                 product = tl.dot(left, right.T, product)
         else:
             source = row
-            if HAS_INDEX:
+            if index_ptr is not None:
                 source = tl.load(index_ptr + row, is_row, other=0)
             along = tl.arange(0, BLOCK_H)
             left_ptr = hidden + source.to(tl.int64)[:, None] * hidden_stride + along[None, :]
@@ -100,9 +100,7 @@ def projection_kernel(
                     left, right = left.to(dtype), right.to(dtype)
                 product = tl.dot(left, right, product, input_precision="ieee", out_dtype=dtype)
 
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + column, is_column, other=0.0).to(dtype)[None, :]
+        bias = load_bias(bias_ptr, column, is_column, dtype)
         z, _ = head_epilogue(product, bias, INNER, OUTER, HAS_SOFTCAP)
         out = (tile_offset + column_block).to(tl.int64) * rows + row
         if HAS_MEAN:
@@ -114,14 +112,14 @@ def projection_kernel(
         tl.store(target_z_ptr + row, target_z, is_row & has_target & (local < columns))
         z = tl.where(is_column[None, :], z, float("-inf"))
         zero = tl.zeros((BLOCK_N,), dtype)
-        if HAS_TOP1:
+        if best_ptr is not None:
             start = first + column_block * BLOCK_V
             best = online_argmax_update(
                 tl.full((BLOCK_N,), -1, tl.int32), zero + float("-inf"), z, start
             )
             tl.store(best_ptr + out, best, is_row)
         peak, total, sum_ez, sum_ee = online_softmax_update(
-            zero + float("-inf"), zero, zero, zero, z, HAS_ENTROPY, HAS_LOG_SUM_SQ
+            zero + float("-inf"), zero, zero, zero, z, 1.0, None, 1.0, HAS_ENTROPY, HAS_LOG_SUM_SQ
         )
         tl.store(partials_ptr + out, peak, is_row)
         tl.store(partials_ptr + partial_stride + out, total, is_row)
@@ -137,7 +135,7 @@ def merge_kernel(
     best_ptr,  # (tiles, rows)
     targets_ptr,  # (rows,)
     target_z_ptr,  # (rows,)
-    logps_ptr,  # (rows,) out, as the five below
+    logps_ptr,  # (rows,) out, as the five below, of which the last four may be None
     lse_ptr,
     entropy_ptr,
     mean_logits_ptr,
@@ -147,10 +145,6 @@ def merge_kernel(
     tiles,
     partial_stride,
     vocabulary,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    HAS_TOP1: tl.constexpr,
-    HAS_LOG_SUM_SQ: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -165,31 +159,26 @@ def merge_kernel(
         tile = start + tl.arange(0, BLOCK_T)
         there = partials_ptr + tile.to(tl.int64)[None, :] * rows + row[:, None]  # (n, tiles)
         within = is_row[:, None] & (tile < tiles)[None, :]
-        of_tile = tl.load(there, within, other=float("-inf"))
-        if HAS_TOP1:
-            which = online_argmax_update(zero.to(tl.int32) - 1, peak, of_tile, start)
+        tile_peak = tl.load(there, within, other=float("-inf"))
+        if is_top1_ptr is not None:
+            which = online_argmax_update(zero.to(tl.int32) - 1, peak, tile_peak, start)
             place = best_ptr + which.to(tl.int64) * rows + row
             best = tl.where(which < 0, best, tl.load(place, is_row & (which >= 0), other=-1))
-        highest = tl.maximum(peak, tl.max(of_tile, 1))
-        anchor = tl.where(highest == float("-inf"), 0.0, highest)
-        shrink, shrink_tile = tl.exp(peak - anchor), tl.exp(of_tile - anchor[:, None])
-        total_tile = tl.load(there + partial_stride, within, other=0.0)
-        if HAS_ENTROPY:  # Σ e^(z − peak)(z − peak) moves to the new peak with its Σ e^(z − peak)
-            carried = tl.where(total > 0, (peak - anchor) * total, 0.0)
-            shifted = tl.where(total_tile > 0, (of_tile - anchor[:, None]) * total_tile, 0.0)
-            of_entropy = tl.load(there + 3 * partial_stride, within, other=0.0)
-            sum_ez = shrink * (sum_ez + carried) + tl.sum(shrink_tile * (of_entropy + shifted), 1)
-        if HAS_LOG_SUM_SQ:
-            of_squares = tl.load(there + 4 * partial_stride, within, other=0.0)
-            sum_ee = shrink * shrink * sum_ee + tl.sum(shrink_tile * shrink_tile * of_squares, 1)
-        if HAS_MEAN:
+        if mean_logits_ptr is not None:
             sum_z += tl.sum(tl.load(there + 2 * partial_stride, within, other=0.0), 1)
-        total = shrink * total + tl.sum(shrink_tile * total_tile, 1)
-        peak = highest
+        tile_total = tl.load(there + partial_stride, within, other=0.0)
+        tile_ez, tile_ee = None, None
+        if entropy_ptr is not None:
+            tile_ez = tl.load(there + 3 * partial_stride, within, other=0.0)
+        if log_sum_sq_ptr is not None:
+            tile_ee = tl.load(there + 4 * partial_stride, within, other=0.0)
+        peak, total, sum_ez, sum_ee = online_softmax_update(
+            peak, total, sum_ez, sum_ee, tile_peak, tile_total, tile_ez, tile_ee,
+            entropy_ptr is not None, log_sum_sq_ptr is not None,
+        )  # fmt: skip
     store_statistics(
-        peak, total, sum_ez, sum_ee, sum_z, best, target_z, target, vocabulary,
-        logps_ptr, lse_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_ptr, row, is_row,
-        HAS_ENTROPY, HAS_MEAN, HAS_TOP1, HAS_LOG_SUM_SQ,
+        (logps_ptr, lse_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_ptr),
+        row, is_row, (peak, total, sum_ez, sum_ee), sum_z / vocabulary, best == target, target_z,
     )  # fmt: skip
 
 
@@ -197,26 +186,29 @@ def projection_statistics(
     hidden: Tensor,  # (M, H)
     weight: Tensor,  # (V, H)
     targets: Tensor,  # (n,) int64
-    epilogue: Epilogue,
-    stats: list[str],
+    bias: Tensor | None,  # (V,)
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    stats: str,  # names with spaces between
     index: Tensor | None,  # (n,) rows of hidden; None for all
     dtype: torch.dtype,  # operands are rounded to it
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+) -> list[Tensor]:
     """Log-probabilities, log-sum-exps and further statistics of all rows, launch by launch."""
+    epilogue = Epilogue(bias, logit_scale, softcap, temperature)
     wide = wide_dtype(dtype)
     rows, (vocabulary, _) = len(targets), weight.shape
     config = projection_config(
         architecture(hidden.device),
         dtype,
-        rich=bool(stats) or epilogue.softcap is not None,
+        rich=bool(stats) or softcap is not None,
         describable=_describable(hidden, dtype) and _describable(weight, dtype),
     )
-    values = 5 if {"entropy", "log_sum_sq_probs"} & set(stats) else 2 + ("mean_logits" in stats)
+    found = new_statistics(stats, hidden, rows, wide)
+    values = 5 if {"entropy", "log_sum_sq_probs"} & {*found} else 2 + ("mean_logits" in found)
     slices = _weight_slices(weight, dtype, config.block_v)
     tiles = triton.cdiv(vocabulary, config.block_v)
 
-    logps, lse = (hidden.new_empty(rows, dtype=wide) for _ in range(2))
-    extra = new_statistics(logps, stats)
     of_row = tiles * values * wide.itemsize + weight.shape[1] * dtype.itemsize
     step = max(1, _LAUNCH_BYTES // of_row // config.block_n)
     step *= config.block_n
@@ -224,30 +216,31 @@ def projection_statistics(
         part = slice(start, min(start + step, rows))
         n = part.stop - part.start
         partials = hidden.new_empty((values, tiles, n), dtype=wide)
-        best = hidden.new_empty((tiles, n) if "is_top1" in stats else 1, dtype=torch.int32)
+        best = None
+        if "is_top1" in found:
+            best = hidden.new_empty((tiles, n), dtype=torch.int32)
         target_z = hidden.new_empty(n, dtype=wide)
         left, left_index = _left_operand(hidden, index, part, dtype, config.descriptors)
         for first, last in slices:
             _project(
                 left, weight[first:last].to(dtype), epilogue.sliced(first, last), targets[part],
-                left_index, target_z, partials, best, first, config, stats,
+                left_index, target_z, partials, best, first, config, found.keys(),
             )  # fmt: skip
         merge_kernel[(triton.cdiv(n, MERGE_N),)](
             partials,
             best,
             targets[part],
             target_z,
-            *statistics_pointers(logps[part], lse[part], {k: x[part] for k, x in extra.items()}),
+            *statistics_pointers({name: x[part] for name, x in found.items()}),
             n,
             tiles,
             tiles * n,
             vocabulary,
-            **statistics_flags(stats),
             BLOCK_N=MERGE_N,
             BLOCK_T=MERGE_T,
             num_warps=4,
         )
-    return logps, lse, as_booleans(extra)
+    return finished(found)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -287,10 +280,10 @@ def _project(
     index: Tensor | None,  # (n,)
     target_z: Tensor,  # (n,) out, where the target is among these columns
     partials: Tensor,  # (values, tiles, n) out, the tiles of these columns
-    best: Tensor,  # (tiles, n) out
+    best: Tensor | None,  # (tiles, n) out
     first: int,
     config: ProjectionConfig,
-    stats: list[str],
+    stats: Collection[str],
 ) -> None:
     rows, columns = len(targets), len(weight)
     strides = hidden.stride(0), weight.stride(0)
@@ -304,8 +297,8 @@ def _project(
     projection_kernel[(min(blocks, _processors(targets.device)),)](
         hidden,
         weight,
-        epilogue.bias_or(partials),
-        targets if index is None else index,
+        epilogue.bias,
+        index,
         targets,
         target_z,
         partials,
@@ -318,8 +311,9 @@ def _project(
         *strides,
         HIDDEN_SIZE=weight.shape[1],
         **epilogue.flags(),
-        HAS_INDEX=index is not None,
-        **statistics_flags(stats),
+        HAS_ENTROPY="entropy" in stats,
+        HAS_MEAN="mean_logits" in stats,
+        HAS_LOG_SUM_SQ="log_sum_sq_probs" in stats,
         HAS_DESCRIPTORS=config.descriptors,
         UPCAST=INTERPRETED and partials.dtype != torch.float64,
         BLOCK_N=config.block_n,

@@ -1,7 +1,7 @@
 """The launchers as torch operators: opaque to torch.compile, with shapes known in advance.
 
 The functions below are what this package offers. Each packs its arguments into what an operator's
-schema can hold and calls the operator, whose implementation is the launcher of the same name.
+schema can hold and calls the operator, which is the launcher of the same name.
 """
 
 import functools
@@ -24,33 +24,39 @@ _NAMESPACE = __package__.replace(".", "_").replace("-", "_")
 # --- what holds of every operator ---------------------------------------------------------------
 
 
-def _operator(name: str, *, matrices: Sequence[str] = (), mutates: str | None = None) -> Any:
+def _operator(
+    launch: Callable[..., Any],
+    shapes: Callable[..., Any],
+    *,
+    matrices: Sequence[str] = (),
+    mutates: str | None = None,
+) -> Any:
     """A launcher as an operator: on its tensors' device, each tensor laid out as kernels read it.
 
     Kernels walk along tensors with a stride of 1. `matrices` may have rows that lie apart; every
     other tensor is dense. What is laid out otherwise is copied, but not what is written to.
+    `shapes` gives what the launcher would return, uninitialised.
     """
+    parameters = [*inspect.signature(launch).parameters]
 
-    def decorate(launch: Callable[..., Any]) -> Any:
-        parameters = [*inspect.signature(launch).parameters]
+    @functools.wraps(launch)
+    def on_device(*args: Any) -> Any:
+        arguments = dict(zip(parameters, args, strict=True))
+        for argument, value in arguments.items():
+            if isinstance(value, Tensor):
+                arguments[argument] = _laid_out(value, rows_apart=argument in matrices)
+                if argument == mutates and arguments[argument] is not value:
+                    raise ValueError(
+                        f"{argument} is written in place and must be dense, got strides "
+                        f"{value.stride()} of shape {tuple(value.shape)}"
+                    )
+        with device_of(args[0]):
+            return launch(**arguments)
 
-        @functools.wraps(launch)
-        def on_device(*args: Any) -> Any:
-            arguments = dict(zip(parameters, args, strict=True))
-            for argument, value in arguments.items():
-                if isinstance(value, Tensor):
-                    arguments[argument] = _laid_out(value, rows_apart=argument in matrices)
-                    if argument == mutates and arguments[argument] is not value:
-                        raise ValueError(
-                            f"{argument} is written in place and must be dense, got strides "
-                            f"{value.stride()} of shape {tuple(value.shape)}"
-                        )
-            with device_of(args[0]):
-                return launch(**arguments)
-
-        return custom_op(f"{_NAMESPACE}::{name}", on_device, mutates_args=[mutates] * bool(mutates))
-
-    return decorate
+    name = f"{_NAMESPACE}::{launch.__name__}"
+    operator = custom_op(name, on_device, mutates_args=[mutates] if mutates else [])
+    operator.register_fake(shapes)
+    return operator
 
 
 def _laid_out(tensor: Tensor, *, rows_apart: bool) -> Tensor:
@@ -83,29 +89,14 @@ def projection_statistics(
     return logps, lse, dict(zip(stats, extra, strict=True))
 
 
-@_operator("projection", matrices=("hidden", "weight"))
-def projection_op(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    stats: str,  # names with spaces between
-    index: Tensor | None,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    epilogue = Epilogue(bias, logit_scale, softcap, temperature)
-    found = forward.projection_statistics(
-        hidden, weight, targets, epilogue, stats.split(), index, dtype
-    )
-    return _flat(found)
+def _projection_shapes(hidden: Tensor, weight: Tensor, targets: Tensor, *given: Any) -> Any:
+    *_, stats, _, dtype = given
+    return _like_statistics(targets, forward.wide_dtype(dtype), stats)
 
 
-@projection_op.register_fake
-def _(hidden, weight, targets, bias, logit_scale, softcap, temperature, stats, index, dtype):
-    return _like_statistics(targets, forward.wide_dtype(dtype), stats.split())
+projection_op = _operator(
+    forward.projection_statistics, _projection_shapes, matrices=("hidden", "weight")
+)
 
 
 # --- rows of materialised products --------------------------------------------------------------
@@ -143,31 +134,13 @@ def slice_statistics(
     return (logps, lse, dict(zip(stats, extra, strict=True))), state
 
 
-@_operator("row_statistics", matrices=("products",))
-def row_statistics_op(
-    products: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    stats: str,  # names with spaces between
-    first: int,
-    vocabulary: int,
-    state: Tensor | None,
-) -> list[Tensor]:
-    epilogue = Epilogue(bias, logit_scale, softcap, temperature)
-    state = [] if state is None else [state.clone()]
-    found = rows.row_statistics(
-        products, targets, epilogue, stats.split(), first, vocabulary, *state
-    )
-    return _flat(found) + state
-
-
-@row_statistics_op.register_fake
-def _(products, targets, bias, logit_scale, softcap, temperature, stats, first, vocabulary, state):
-    found = _like_statistics(targets, products.dtype, stats.split())
+def _row_statistics_shapes(products: Tensor, targets: Tensor, *given: Any) -> list[Tensor]:
+    *_, stats, _, _, state = given
+    found = _like_statistics(targets, products.dtype, stats)
     return found if state is None else [*found, torch.empty_like(state)]
+
+
+row_statistics_op = _operator(rows.row_statistics, _row_statistics_shapes, matrices=("products",))
 
 
 def row_gradients_(
@@ -203,30 +176,9 @@ def row_gradients_(
     return rows.narrowed(products, dtype)
 
 
-@_operator("row_gradients_", matrices=("products",), mutates="products")
-def row_gradients_op(
-    products: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    coef: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    dtype: torch.dtype,
-    first: int,
-    entropies: Tensor | None,
-    entropy_coefs: Tensor | None,
-    at_target: bool,
-) -> None:
-    epilogue = Epilogue(bias, logit_scale, softcap, temperature)
-    entropy = None if entropies is None else (entropies, entropy_coefs)
-    rows.row_gradients_(products, targets, lse, coef, epilogue, dtype, first, entropy, at_target)
-
-
-@row_gradients_op.register_fake
-def _(products, *args):
-    return None
+row_gradients_op = _operator(
+    rows.row_gradients_, lambda *args: None, matrices=("products",), mutates="products"
+)
 
 
 # --- pairs --------------------------------------------------------------------------------------
@@ -254,50 +206,30 @@ def weigh_pairs(
         ∂(Σ losses / divisor)/∂logps `(n,)`; and the values `(12, pairs)` of `METRICS`, 0 for pairs
         of which a response is empty, the rows that the formula has nothing for unwritten.
     """
-    return tuple(
-        weigh_pairs_op(
-            logps,
-            offsets,
-            ref_logps,
-            scores,
-            token_weights,
-            pair_weights,
-            betas,
-            lengths,
-            list(pairs.numbers_of(formula)),
-            [int(flag) for flag in pairs.flags_of(formula).values()],
-            first,
-            last,
-            divisor,
-        )
+    return weigh_pairs_op(
+        logps,
+        offsets,
+        ref_logps,
+        scores,
+        token_weights,
+        pair_weights,
+        betas,
+        lengths,
+        pairs.numbers_of(formula),
+        [int(flag) for flag in pairs.flags_of(formula).values()],
+        first,
+        last,
+        divisor,
     )
 
 
-@_operator("weigh_pairs")
-def weigh_pairs_op(
-    logps: Tensor,
-    offsets: Tensor,
-    ref_logps: Tensor | None,
-    scores: Tensor | None,
-    token_weights: Tensor | None,
-    pair_weights: Tensor | None,
-    betas: Tensor | None,
-    lengths: Tensor | None,
-    numbers: list[float],
-    flags: list[int],
-    first: int,
-    last: int,
-    divisor: int,
-) -> list[Tensor]:
-    given = ref_logps, scores, token_weights, pair_weights, betas, lengths
-    return list(pairs.weigh_pairs(logps, offsets, *given, numbers, flags, first, last, divisor))
-
-
-@weigh_pairs_op.register_fake
-def _(logps, offsets, *given):
-    first, last, _ = given[-3:]
+def _weigh_pairs_shapes(logps: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    *_, first, last, _ = given
     sizes = (2 * (last - first), last - first, logps.shape, (len(pairs.METRICS), last - first))
-    return [logps.new_empty(size) for size in sizes]
+    return tuple(logps.new_empty(size) for size in sizes)
+
+
+weigh_pairs_op = _operator(pairs.weigh_pairs, _weigh_pairs_shapes)
 
 
 # --- scaling ------------------------------------------------------------------------------------
@@ -315,27 +247,10 @@ def scaled(
     return grad
 
 
-@_operator("scale_", mutates="grad")
-def scale_op(grad: Tensor, upstream: Tensor) -> None:
-    scale.scale_into(grad, grad, upstream)
-
-
-@scale_op.register_fake
-def _(grad, upstream):
-    return None
-
-
-@_operator("scaled")
-def scaled_op(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    out = torch.empty_like(grad, dtype=dtype)
-    scale.scale_into(out, grad, upstream)
-    return out
-
-
-@scaled_op.register_fake
-def _(grad, upstream, dtype):
-    return torch.empty(grad.shape, dtype=dtype, device=grad.device)
-
+scale_op = _operator(scale.scale_, lambda *args: None, mutates="grad")
+scaled_op = _operator(
+    scale.scaled, lambda grad, upstream, dtype: grad.new_empty(grad.shape, dtype=dtype)
+)
 
 OPERATORS = (
     projection_op,
@@ -351,11 +266,6 @@ def _of(epilogue: Epilogue) -> tuple[Tensor | None, float, float | None, float]:
     return epilogue.bias, epilogue.logit_scale, epilogue.softcap, epilogue.temperature
 
 
-def _flat(found: tuple[Tensor, Tensor, dict[str, Tensor]]) -> list[Tensor]:
-    logps, lse, extra = found
-    return [logps, lse, *extra.values()]
-
-
-def _like_statistics(targets: Tensor, dtype: torch.dtype, stats: list[str]) -> list[Tensor]:
-    dtypes = [dtype, dtype, *(torch.bool if name == "is_top1" else dtype for name in stats)]
-    return [targets.new_empty(targets.shape, dtype=dtype) for dtype in dtypes]
+def _like_statistics(targets: Tensor, dtype: torch.dtype, stats: str) -> list[Tensor]:
+    found = rows.new_statistics(stats, targets, len(targets), dtype)
+    return rows.finished(found)

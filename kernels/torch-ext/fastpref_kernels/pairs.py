@@ -103,13 +103,13 @@ def _balance_coefficient(alpha, delta, floor, ceiling):
 
 
 @triton.jit
-def _sequence_sum(logps_ptr, weights_ptr, start, stop, HAS_WEIGHTS: tl.constexpr, BLOCK):
+def _sequence_sum(logps_ptr, weights_ptr, start, stop, BLOCK):
     """Weighted sum of `logps[start:stop]`, rounded once, as float64."""
     total = tl.zeros((BLOCK,), tl.float64)
     for at in range(start, stop, BLOCK):
         token = at + tl.arange(0, BLOCK)
         logps = tl.load(logps_ptr + token, token < stop, other=0.0)
-        if HAS_WEIGHTS:
+        if weights_ptr is not None:
             weights = tl.load(weights_ptr + token, token < stop, other=0.0)
             logps = logps * weights.to(logps.dtype)
         total += logps.to(tl.float64)
@@ -117,13 +117,13 @@ def _sequence_sum(logps_ptr, weights_ptr, start, stop, HAS_WEIGHTS: tl.constexpr
 
 
 @triton.jit
-def _spread(coef_ptr, weights_ptr, coef, start, stop, HAS_WEIGHTS: tl.constexpr, BLOCK):
+def _spread(coef_ptr, weights_ptr, coef, start, stop, BLOCK):
     """A response's coefficient to each of its tokens, times the token's weight."""
     coef = coef.to(coef_ptr.dtype.element_ty)
     for at in range(start, stop, BLOCK):
         token = at + tl.arange(0, BLOCK)
         of_token = tl.zeros((BLOCK,), coef_ptr.dtype.element_ty) + coef
-        if HAS_WEIGHTS:
+        if weights_ptr is not None:
             weights = tl.load(weights_ptr + token, token < stop, other=0.0)
             of_token = of_token * weights.to(of_token.dtype)
         tl.store(coef_ptr + token, of_token, token < stop)
@@ -132,9 +132,9 @@ def _spread(coef_ptr, weights_ptr, coef, start, stop, HAS_WEIGHTS: tl.constexpr,
 @triton.jit(do_not_specialize=["pairs", "first", "total_pairs", "divisor"])
 def pair_weighting_kernel(
     logps_ptr,  # (n,) tokens of the pairs `first` and on, chosen before rejected
-    weights_ptr,  # (n,)
+    weights_ptr,  # (n,), or None
     offsets_ptr,  # (2·total_pairs + 1,) where each response starts among all tokens
-    ref_logps_ptr,  # (2, total_pairs)
+    ref_logps_ptr,  # (2, total_pairs), this and the four below None where there are none
     scores_ptr,  # (2, total_pairs)
     pair_weights_ptr,  # (total_pairs,)
     betas_ptr,  # (total_pairs,)
@@ -163,12 +163,6 @@ def pair_weighting_kernel(
     BALANCE_OF_REWARD: tl.constexpr,
     BALANCE_PER_TOKEN: tl.constexpr,
     BETA_SHIFTS: tl.constexpr,
-    HAS_REFERENCE: tl.constexpr,
-    HAS_SCORES: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    HAS_PAIR_WEIGHTS: tl.constexpr,
-    HAS_BETAS: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pair = tl.program_id(0)
@@ -177,21 +171,21 @@ def pair_weighting_kernel(
     start = tl.load(offset_ptr) - base
     middle = tl.load(offset_ptr + 1) - base
     stop = tl.load(offset_ptr + 2) - base
-    l_w = _sequence_sum(logps_ptr, weights_ptr, start, middle, HAS_WEIGHTS, BLOCK)
-    l_l = _sequence_sum(logps_ptr, weights_ptr, middle, stop, HAS_WEIGHTS, BLOCK)
+    l_w = _sequence_sum(logps_ptr, weights_ptr, start, middle, BLOCK)
+    l_l = _sequence_sum(logps_ptr, weights_ptr, middle, stop, BLOCK)
     tokens_w, tokens_l = (middle - start).to(tl.float64), (stop - middle).to(tl.float64)
     counts = (tokens_w > 0) & (tokens_l > 0)  # else the objective never sees the pair
-    if HAS_LENGTHS:
+    if lengths_ptr is not None:
         tokens_w = tl.load(lengths_ptr + first + pair).to(tl.float64)
         tokens_l = tl.load(lengths_ptr + total_pairs + first + pair).to(tl.float64)
     over_w, over_l = 1.0 / tl.where(counts, tokens_w, 1.0), 1.0 / tl.where(counts, tokens_l, 1.0)
     ref_w, ref_l, s_w, s_l = l_w * 0.0, l_w * 0.0, l_w * 0.0, l_w * 0.0
-    if HAS_REFERENCE:
+    if ref_logps_ptr is not None:
         ref_w = tl.load(ref_logps_ptr + first + pair).to(logps_ptr.dtype.element_ty)
         ref_l = tl.load(ref_logps_ptr + total_pairs + first + pair)
         ref_l = ref_l.to(logps_ptr.dtype.element_ty)
         ref_w, ref_l = ref_w.to(tl.float64), ref_l.to(tl.float64)
-    if HAS_SCORES:
+    if scores_ptr is not None:
         s_w = tl.load(scores_ptr + first + pair).to(tl.float64)
         s_l = tl.load(scores_ptr + total_pairs + first + pair).to(tl.float64)
 
@@ -228,7 +222,7 @@ def pair_weighting_kernel(
     # The link and its derivative in m.
     scale, shift = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
     reward_scale = tl.load(numbers_ptr + 14)
-    if HAS_BETAS:
+    if betas_ptr is not None:
         reward_scale = tl.load(betas_ptr + first + pair).to(tl.float64)
         if BETA_SHIFTS:
             shift = -0.5 / reward_scale
@@ -274,7 +268,7 @@ def pair_weighting_kernel(
             per_nll = over_w
         loss -= nll * l_w * per_nll
         coef_w -= nll * per_nll
-    if HAS_PAIR_WEIGHTS:
+    if pair_weights_ptr is not None:
         pair_weight = tl.load(pair_weights_ptr + first + pair).to(tl.float64)
         loss, coef_w, coef_l = loss * pair_weight, coef_w * pair_weight, coef_l * pair_weight
 
@@ -282,8 +276,8 @@ def pair_weighting_kernel(
     tl.store(sums_ptr + 2 * pair + 1, l_l)
     tl.store(losses_ptr + pair, tl.where(counts, loss, 0.0))
     coef_w, coef_l = tl.where(counts, coef_w, 0.0), tl.where(counts, coef_l, 0.0)
-    _spread(coef_ptr, weights_ptr, coef_w / divisor, start, middle, HAS_WEIGHTS, BLOCK)
-    _spread(coef_ptr, weights_ptr, coef_l / divisor, middle, stop, HAS_WEIGHTS, BLOCK)
+    _spread(coef_ptr, weights_ptr, coef_w / divisor, start, middle, BLOCK)
+    _spread(coef_ptr, weights_ptr, coef_l / divisor, middle, stop, BLOCK)
 
     reward_w, reward_l = reward_scale * policy_w, reward_scale * policy_l
     if USES_REFERENCE:
@@ -324,15 +318,18 @@ def weigh_pairs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums `(2·pairs,)`, losses `(pairs,)`, coefficients `(n,)`, metrics `(12, pairs)`."""
     pairs = last - first
-    of_pairs = ref_logps, scores, pair_weights, betas, lengths  # those absent are not read
     sums, losses = logps.new_empty(2 * pairs), logps.new_empty(pairs)
     coef, metrics = torch.empty_like(logps), logps.new_empty(len(METRICS), pairs)
     if pairs:
         pair_weighting_kernel[(pairs,)](
             logps,
-            logps if token_weights is None else token_weights,
+            token_weights,
             offsets,
-            *(logps if x is None else x for x in of_pairs),
+            ref_logps,
+            scores,
+            pair_weights,
+            betas,
+            lengths,
             _numbers(tuple(numbers), logps.device),
             sums,
             losses,
@@ -343,12 +340,6 @@ def weigh_pairs(
             (len(offsets) - 1) // 2,
             divisor,
             *flags,
-            HAS_REFERENCE=ref_logps is not None,
-            HAS_SCORES=scores is not None,
-            HAS_WEIGHTS=token_weights is not None,
-            HAS_PAIR_WEIGHTS=pair_weights is not None,
-            HAS_BETAS=betas is not None,
-            HAS_LENGTHS=lengths is not None,
             BLOCK=BLOCK_TOKENS,
             num_warps=4,
         )

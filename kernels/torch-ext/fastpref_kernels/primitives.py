@@ -45,6 +45,15 @@ def head_epilogue(
 
 
 @triton.jit
+def load_bias(bias_ptr, column, is_column, dtype: tl.constexpr):
+    """(1, v), or 0.0 where there is none."""
+    bias = 0.0
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + column, is_column, other=0.0).to(dtype)[None, :]
+    return bias
+
+
+@triton.jit
 def finite(x):
     """Without −inf, so that its product with a probability of 0 is 0."""
     return tl.maximum(x, -3.0e38)
@@ -65,23 +74,29 @@ def online_softmax_update(
     total,  # (n,) Σ e^(z − peak)
     sum_ez,  # (n,) Σ e^(z − peak) (z − peak)
     sum_ee,  # (n,) Σ e^2(z − peak)
-    z,  # (n, v) −inf where there is no column
+    tile_peak,  # (n, v) logits, or the largest of each tile; −inf where there is none
+    tile_total,  # (n, v) the same sum of each tile; of a logit 1
+    tile_ez,  # (n, v), or None for 0
+    tile_ee,  # (n, v)
     HAS_ENTROPY: tl.constexpr,
     HAS_LOG_SUM_SQ: tl.constexpr,
 ):
-    """The four running values with one more tile of logits in them."""
-    highest = tl.maximum(peak, tl.max(z, 1))
+    """The four running values with more logits, or more tiles of them, in them."""
+    highest = tl.maximum(peak, tl.max(tile_peak, 1))
     # Of rows that a bias masks whole so far, −inf − −inf would be NaN.
     anchor = tl.where(highest == float("-inf"), 0.0, highest)
-    shrink = tl.exp(peak - anchor)
-    shifted = z - anchor[:, None]
-    e = tl.exp(shifted)
-    if HAS_ENTROPY:
-        carried = tl.where(total > 0, (peak - anchor) * total, 0.0)
-        sum_ez = shrink * (sum_ez + carried) + tl.sum(e * finite(shifted), 1)
+    shift, tile_shift = peak - anchor, tile_peak - anchor[:, None]
+    shrink, tile_shrink = tl.exp(shift), tl.exp(tile_shift)
+    if HAS_ENTROPY:  # e^(z − anchor) (z − anchor), of which z − anchor is (z − peak) + shift
+        carried = tl.where(total > 0, shift * total, 0.0)
+        of_tile = finite(tile_shift) * tile_total
+        if tile_ez is not None:
+            of_tile += tile_ez
+        sum_ez = shrink * (sum_ez + carried) + tl.sum(tile_shrink * of_tile, 1)
     if HAS_LOG_SUM_SQ:
-        sum_ee = shrink * shrink * sum_ee + tl.sum(e * e, 1)
-    total = shrink * total + tl.sum(e, 1)
+        of_tile = tile_shrink * tile_shrink * tile_ee
+        sum_ee = shrink * shrink * sum_ee + tl.sum(of_tile, 1)
+    total = shrink * total + tl.sum(tile_shrink * tile_total, 1)
     return highest, total, sum_ez, sum_ee
 
 
@@ -99,37 +114,25 @@ def online_argmax_update(
 
 @triton.jit
 def store_statistics(
-    peak,  # (n,) and so on, folded over the whole vocabulary
-    total,
-    sum_ez,
-    sum_ee,
-    sum_z,
-    best,
-    target_z,
-    target,
-    vocabulary,
-    logps_ptr,
-    lse_ptr,
-    entropy_ptr,
-    mean_logits_ptr,
-    is_top1_ptr,
-    log_sum_sq_ptr,
+    statistics_ptrs,  # (rows,) each, in the order below; None where not asked for
     row,
     is_row,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    HAS_TOP1: tl.constexpr,
-    HAS_LOG_SUM_SQ: tl.constexpr,
+    sums,  # peak, total, sum_ez, sum_ee (n,), folded over the whole vocabulary
+    mean,
+    is_top1,
+    target_z,
 ):
     """From running values to what is asked for, each `(n,)`."""
+    logps_ptr, lse_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_ptr = statistics_ptrs
+    peak, total, sum_ez, sum_ee = sums
     log_total = tl.log(total)
     tl.store(logps_ptr + row, target_z - peak - log_total, is_row)
     tl.store(lse_ptr + row, peak + log_total, is_row)
-    if HAS_ENTROPY:
+    if entropy_ptr is not None:
         tl.store(entropy_ptr + row, log_total - sum_ez / total, is_row)
-    if HAS_MEAN:
-        tl.store(mean_logits_ptr + row, sum_z / vocabulary, is_row)
-    if HAS_TOP1:
-        tl.store(is_top1_ptr + row, (best == target).to(tl.int8), is_row)
-    if HAS_LOG_SUM_SQ:
+    if mean_logits_ptr is not None:
+        tl.store(mean_logits_ptr + row, mean, is_row)
+    if is_top1_ptr is not None:
+        tl.store(is_top1_ptr + row, is_top1.to(tl.int8), is_row)
+    if log_sum_sq_ptr is not None:
         tl.store(log_sum_sq_ptr + row, tl.log(sum_ee) - 2.0 * log_total, is_row)

@@ -6,7 +6,7 @@ place, in the dtype that the next product multiplies. A row belongs to one progr
 along the vocabulary: all of it, or one slice, with what the slices before it left as `state`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -17,6 +17,7 @@ from .configs import Epilogue, rows_config
 from .primitives import (
     finite,
     head_epilogue,
+    load_bias,
     online_argmax_update,
     online_softmax_update,
     rounded,
@@ -27,10 +28,10 @@ from .primitives import (
 @triton.jit(do_not_specialize=["rows", "first"])
 def row_statistics_kernel(
     products_ptr,  # (rows, columns) W h of the vocabulary from `first` on
-    bias_ptr,  # (columns,)
+    bias_ptr,  # (columns,), or None
     targets_ptr,  # (rows,)
-    state_ptr,  # (7, rows) in and out: running values over the columns before `first`
-    logps_ptr,  # (rows,) out, as the five below
+    state_ptr,  # (7, rows) in and out, or None: running values over the columns before `first`
+    logps_ptr,  # (rows,) out, as the five below, of which the last four may be None
     lse_ptr,
     entropy_ptr,
     mean_logits_ptr,
@@ -44,12 +45,6 @@ def row_statistics_kernel(
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    HAS_TOP1: tl.constexpr,
-    HAS_LOG_SUM_SQ: tl.constexpr,
-    HAS_STATE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -61,7 +56,7 @@ def row_statistics_kernel(
     zero = tl.zeros((BLOCK_N,), products_ptr.dtype.element_ty)
     peak, total, sum_ez, sum_ee = zero + float("-inf"), zero, zero, zero
     sum_z, target_z, best = zero, zero, target * 0 - 1
-    if HAS_STATE:
+    if state_ptr is not None:
         peak = tl.load(state_ptr + row, is_row, other=0.0)
         total = tl.load(state_ptr + rows + row, is_row, other=0.0)
         sum_ez = tl.load(state_ptr + 2 * rows + row, is_row, other=0.0)
@@ -73,24 +68,21 @@ def row_statistics_kernel(
         column = start + tl.arange(0, BLOCK_V)
         is_column = column < columns
         within = is_row[:, None] & is_column[None, :]
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + column, is_column, other=0.0).to(
-                products_ptr.dtype.element_ty
-            )[None, :]
+        bias = load_bias(bias_ptr, column, is_column, products_ptr.dtype.element_ty)
         product = tl.load(line_ptr + column[None, :], within, other=0.0)
         z, _ = head_epilogue(product, bias, INNER, OUTER, HAS_SOFTCAP)
-        if HAS_MEAN:
+        if mean_logits_ptr is not None:
             sum_z += tl.sum(z, 1)  # beyond the vocabulary a logit is still 0 here
         is_target = first + column[None, :] == target[:, None]
         target_z += tl.sum(tl.where(is_target, z, 0.0), 1)  # and 0 beyond this slice
         z = tl.where(is_column[None, :], z, float("-inf"))
-        if HAS_TOP1:
+        if is_top1_ptr is not None:
             best = online_argmax_update(best, peak, z, first + start)
         peak, total, sum_ez, sum_ee = online_softmax_update(
-            peak, total, sum_ez, sum_ee, z, HAS_ENTROPY, HAS_LOG_SUM_SQ
-        )
-    if HAS_STATE:
+            peak, total, sum_ez, sum_ee, z, 1.0, None, 1.0,
+            entropy_ptr is not None, log_sum_sq_ptr is not None,
+        )  # fmt: skip
+    if state_ptr is not None:
         tl.store(state_ptr + row, peak, is_row)
         tl.store(state_ptr + rows + row, total, is_row)
         tl.store(state_ptr + 2 * rows + row, sum_ez, is_row)
@@ -99,9 +91,8 @@ def row_statistics_kernel(
         tl.store(state_ptr + 5 * rows + row, target_z, is_row)
         tl.store(state_ptr + 6 * rows + row, best.to(zero.dtype), is_row)
     store_statistics(
-        peak, total, sum_ez, sum_ee, sum_z, best, target_z, target, vocabulary,
-        logps_ptr, lse_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_ptr, row, is_row,
-        HAS_ENTROPY, HAS_MEAN, HAS_TOP1, HAS_LOG_SUM_SQ,
+        (logps_ptr, lse_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_ptr),
+        row, is_row, (peak, total, sum_ez, sum_ee), sum_z / vocabulary, best == target, target_z,
     )  # fmt: skip
 
 
@@ -109,11 +100,11 @@ def row_statistics_kernel(
 def row_gradients_kernel(
     products_ptr,  # (rows, columns) W h of the vocabulary from `first` on
     grad_ptr,  # (rows, columns) out; may begin where products_ptr does
-    bias_ptr,  # (columns,)
+    bias_ptr,  # (columns,), or None
     targets_ptr,  # (rows,) and the four below
     lse_ptr,
     coef_ptr,
-    entropy_ptr,
+    entropy_ptr,  # or None, with its coefficients
     entropy_coef_ptr,
     rows,
     columns,
@@ -123,8 +114,6 @@ def row_gradients_kernel(
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
     HAS_TARGET: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -135,7 +124,7 @@ def row_gradients_kernel(
     lse = tl.load(lse_ptr + row, is_row, other=0.0)[:, None]
     coef = tl.load(coef_ptr + row, is_row, other=0.0)[:, None]
     live = coef != 0  # the others' logits are not even read
-    if HAS_ENTROPY:
+    if entropy_ptr is not None:
         entropy = tl.load(entropy_ptr + row, is_row, other=0.0)[:, None]
         entropy_coef = tl.load(entropy_coef_ptr + row, is_row, other=0.0)[:, None]
         live = live | (entropy_coef != 0)
@@ -146,11 +135,7 @@ def row_gradients_kernel(
         column = start + tl.arange(0, BLOCK_V)
         is_column = column < columns
         within = is_row[:, None] & is_column[None, :]
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + column, is_column, other=0.0).to(
-                products_ptr.dtype.element_ty
-            )[None, :]
+        bias = load_bias(bias_ptr, column, is_column, products_ptr.dtype.element_ty)
         product = tl.load(line_ptr + column[None, :], within & live, other=0.0)
         z, slope = head_epilogue(product, bias, INNER, OUTER, HAS_SOFTCAP)
         log_p = z - lse
@@ -159,7 +144,7 @@ def row_gradients_kernel(
         if HAS_TARGET:
             at_target = 1.0 - p  # before any rounding
         grad = coef * tl.where(column[None, :] == target, at_target, -p)
-        if HAS_ENTROPY:  # ∂H/∂z = −p (log p + H)
+        if entropy_ptr is not None:  # ∂H/∂z = −p (log p + H)
             grad -= entropy_coef * p * (finite(log_p) + entropy)
         grad = tl.where(live, grad * slope, 0.0)
         # A narrower row overwrites the beginning of its own wider one: all threads have read the
@@ -179,37 +164,39 @@ def new_state(products: Tensor) -> Tensor:
 def row_statistics(
     products: Tensor,  # (n, columns) W h; fp32 or fp64
     targets: Tensor,  # (n,) int64
-    epilogue: Epilogue,
-    stats: list[str],
+    bias: Tensor | None,  # (columns,)
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    stats: str,  # names with spaces between
     first: int,
     vocabulary: int,
-    state: Tensor | None = None,  # (7, n), updated; with it `products` may be a slice
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Log-probabilities, log-sum-exps and further statistics of all rows in one launch."""
+    state: Tensor | None,  # (7, n); with it `products` may be a slice
+) -> list[Tensor]:
+    """Log-probabilities, log-sum-exps, further statistics and the next state, in one launch."""
     rows, columns = products.shape
-    logps, lse = (products.new_empty(rows) for _ in range(2))
-    extra = new_statistics(logps, stats)
+    epilogue = Epilogue(bias, logit_scale, softcap, temperature)
+    found = new_statistics(stats, products, rows, products.dtype)
+    after = None if state is None else state.clone()
     if rows:
         config = rows_config()
         row_statistics_kernel[(triton.cdiv(rows, config.block_n),)](
             products,
-            epilogue.bias_or(products),
+            bias,
             targets,
-            products if state is None else state,
-            *statistics_pointers(logps, lse, extra),
+            after,
+            *statistics_pointers(found),
             rows,
             columns,
             first,
             vocabulary,
             products.stride(0),
             **epilogue.flags(),
-            **statistics_flags(stats),
-            HAS_STATE=state is not None,
             BLOCK_N=config.block_n,
             BLOCK_V=config.block_v,
             num_warps=config.num_warps,
         )
-    return logps, lse, as_booleans(extra)
+    return finished(found) + ([] if after is None else [after])
 
 
 def row_gradients_(
@@ -217,22 +204,26 @@ def row_gradients_(
     targets: Tensor,  # (n,) int64
     lse: Tensor,  # (n,)
     coef: Tensor,  # (n,)
-    epilogue: Epilogue,
+    bias: Tensor | None,  # (columns,)
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
     dtype: torch.dtype,
     first: int,
-    entropy: tuple[Tensor, Tensor] | None,  # entropies (n,) and their coefficients (n,)
+    entropies: Tensor | None,  # (n,)
+    entropy_coefs: Tensor | None,  # (n,)
     at_target: bool,
 ) -> None:
     """Puts the gradient of Σ coef·ℓ with respect to W h + b where `narrowed` finds it."""
     rows, columns = products.shape
     grad = narrowed(products, dtype)
-    entropies, entropy_coefs = (lse, coef) if entropy is None else entropy
+    epilogue = Epilogue(bias, logit_scale, softcap, temperature)
     if rows and columns:
         config = rows_config()
         row_gradients_kernel[(triton.cdiv(rows, config.block_n),)](
             products,
             grad,
-            epilogue.bias_or(products),
+            bias,
             targets,
             lse,
             coef,
@@ -244,7 +235,6 @@ def row_gradients_(
             products.stride(0),
             grad.stride(0),
             **epilogue.flags(),
-            HAS_ENTROPY=entropy is not None,
             HAS_TARGET=at_target,
             BLOCK_N=config.block_n,
             BLOCK_V=config.block_v,
@@ -257,24 +247,22 @@ def narrowed(products: Tensor, dtype: torch.dtype) -> Tensor:
     return products.view(dtype)[:, : products.shape[1]]
 
 
-STATISTICS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+# In the kernels' order; the first two are always there.
+STATISTICS = ("logps", "lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
 
-def new_statistics(logps: Tensor, stats: Sequence[str]) -> dict[str, Tensor]:
-    """Uninitialised outputs `(n,)`, one for each name in `stats`."""
+def new_statistics(stats: str, like: Tensor, rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Uninitialised outputs `(rows,)` by name, on the device of `like`."""
+    names = *STATISTICS[:2], *stats.split()
     dtypes = {"is_top1": torch.int8}
-    return {name: torch.empty_like(logps, dtype=dtypes.get(name, logps.dtype)) for name in stats}
+    return {name: like.new_empty(rows, dtype=dtypes.get(name, dtype)) for name in names}
 
 
-def statistics_pointers(logps: Tensor, lse: Tensor, extra: dict[str, Tensor]) -> list[Tensor]:
-    """All outputs in the kernels' order; those not asked for are never written."""
-    return [logps, lse, *(extra.get(name, logps) for name in STATISTICS)]
+def statistics_pointers(found: Mapping[str, Tensor]) -> list[Tensor | None]:
+    """All outputs in the kernels' order, None for those not asked for."""
+    return [found.get(name) for name in STATISTICS]
 
 
-def statistics_flags(stats: Sequence[str]) -> dict[str, bool]:
-    flags = ("HAS_ENTROPY", "HAS_MEAN", "HAS_TOP1", "HAS_LOG_SUM_SQ")
-    return {flag: name in stats for flag, name in zip(flags, STATISTICS, strict=True)}
-
-
-def as_booleans(extra: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k: x.view(torch.bool) if x.dtype == torch.int8 else x for k, x in extra.items()}
+def finished(found: Mapping[str, Tensor]) -> list[Tensor]:
+    """What was asked for, in the caller's order."""
+    return [x.view(torch.bool) if name == "is_top1" else x for name, x in found.items()]

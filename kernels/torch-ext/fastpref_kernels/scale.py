@@ -1,5 +1,6 @@
 """Gradients times an upstream gradient on the device; no pass over memory when it is 1."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,12 +30,26 @@ def scale_kernel(
         tl.store(out_ptr + where, rounded(grad, out_ptr.dtype.element_ty), where < elements)
 
 
-def scale_into(
-    out: Tensor,  # of any dtype; grad itself to scale in place
-    grad: Tensor,  # contiguous
+def scale_(
+    grad: Tensor,  # dense, scaled in place
     upstream: Tensor,  # ()
 ) -> None:
-    """`out = grad · upstream`, rounded once."""
+    """`grad · upstream`, where grad is."""
+    _launch(grad, upstream, grad)
+
+
+def scaled(
+    grad: Tensor,  # dense
+    upstream: Tensor,  # ()
+    dtype: torch.dtype,
+) -> Tensor:
+    """`grad · upstream`, rounded once."""
+    out = torch.empty_like(grad, dtype=dtype)
+    _launch(grad, upstream, out)
+    return out
+
+
+def _launch(grad: Tensor, upstream: Tensor, out: Tensor) -> None:
     if grad.numel():
         blocks = triton.cdiv(grad.numel(), BLOCK_ELEMENTS)
         scale_kernel[(min(blocks, _PROGRAMS),)](
