@@ -45,7 +45,9 @@ class LossColumns:
                 f"{name} needs the columns score_chosen and score_rejected; {place} has "
                 f"{sorted(present)}"
             )
-        self.arguments = {"scores": SCORES} if objective.needs_scores else {}
+        self.arguments: dict[str, tuple[str, ...]] = {}
+        if objective.needs_scores:
+            self.arguments["scores"] = SCORES
         self.extras = {x: _of_extra(x, name, present, place) for x in objective.extras}
         for column, argument in OF_PAIRS.items():
             if column in present and column not in objective.extras:
@@ -104,7 +106,7 @@ def _of_responses(extra: str) -> tuple[str, str]:
     return f"{extra}_chosen", f"{extra}_rejected"
 
 
-def _holds(domain: Domain, value: object) -> bool:
+def _holds(domain: Domain, value: Any) -> bool:
     """Whether it is such a number, and still is one in the float32 that the loss gets."""
     try:
         domain.check("value", value)

@@ -646,6 +646,13 @@ def test_scaling(size, upstream, poison):
 
 
 @interpreted
+def test_zero_stays_zero_in_half_precision():
+    for dtype in HALF:
+        found = kernels.scaled(torch.zeros(9, dtype=torch.float64), torch.tensor(2.0), dtype)
+        assert (found == 0).all()
+
+
+@interpreted
 def test_scaling_by_1_touches_nothing(monkeypatch):
     from fastpref_kernels import scale
 

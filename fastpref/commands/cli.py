@@ -157,7 +157,7 @@ def train_command(
     """Tune a causal language model on preference pairs; curves and numbers go to OUTPUT."""
     from fastpref.commands.train import TrainSettings, train
 
-    given = {
+    given: dict[str, Any] = {
         "beta": beta,
         "label_smoothing": label_smoothing,
         "alpha": alpha,

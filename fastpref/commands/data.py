@@ -200,8 +200,9 @@ def _first_line(problem: Exception) -> str:
 
 
 def _pair(fields: dict[str, Any], place: str, columns: LossColumns | None) -> Pair:
-    chosen, rejected = _text(fields, "chosen"), _text(fields, "rejected")
-    prompt = None if fields.get("prompt") is None else _text(fields, "prompt")
+    chosen: Any = _text(fields, "chosen")  # text or messages, all three
+    rejected: Any = _text(fields, "rejected")
+    prompt: Any = None if fields.get("prompt") is None else _text(fields, "prompt")
     of_messages = isinstance(chosen, list)
     prompt_fits = of_messages or not isinstance(prompt, list)
     if isinstance(rejected, list) != of_messages or not prompt_fits:
@@ -231,7 +232,7 @@ def _extracted(prompt: str | None, chosen: Text, rejected: Text) -> tuple[Text, 
     """Prompt and responses of two texts or conversations that begin alike."""
     from trl import extract_prompt
 
-    parts = dict.fromkeys(TEXT_FIELDS, "")
+    parts: dict[str, Any] = dict.fromkeys(TEXT_FIELDS, "")
     if chosen[0] == rejected[0]:
         parts = extract_prompt({"chosen": chosen, "rejected": rejected})
     shared = parts["prompt"]

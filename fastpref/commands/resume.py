@@ -20,7 +20,6 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from fastpref.commands.data import Pair
-from fastpref.objectives import Objective
 
 if TYPE_CHECKING:
     from fastpref.commands.train import TrainSettings
@@ -45,7 +44,7 @@ class Checkpoint:
 
 
 def describe_run(
-    settings: TrainSettings, dtype: str, objective: Objective, pairs: list[Pair]
+    settings: TrainSettings, dtype: str, objective: Any, pairs: list[Pair]
 ) -> dict[str, Any]:
     """What must be the same in every part of a run, by name, as JSON has it."""
     run = {

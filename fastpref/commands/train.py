@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastpref.commands.data import Pair, read_pairs, shortened
+from fastpref.commands.data import TEXT_FIELDS, Pair, read_pairs, shortened
 from fastpref.commands.tables import new_table, show
 from fastpref.domains import Domain, check_fields, number
 from fastpref.objectives import Objective, make_objective
@@ -102,10 +102,12 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
     dtype = _dtype(settings.dtype)
     run = describe_run(settings, dtype, objective, train_pairs) if settings.resume else None
     checkpoint = None if run is None else find_checkpoint(settings.output, run)
-    finished = checkpoint is not None and checkpoint.reaches(settings)
-    results = _results_of(settings.output, run, checkpoint) if finished else None
-    if results is not None:
-        reached = f"{checkpoint.state.global_step} steps, {checkpoint.state.epoch:.3g} epochs"
+    finished = None
+    if checkpoint is not None and checkpoint.reaches(settings):
+        finished = checkpoint
+    results = None if finished is None else _results_of(settings.output, run, finished)
+    if finished is not None and results is not None:
+        reached = f"{finished.state.global_step} steps, {finished.state.epoch:.3g} epochs"
         console.print(f"this run is finished: {reached} are trained, and no more was asked for")
         _report(settings.output, results, console)
         return results
@@ -120,9 +122,9 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
     with console.status("evaluating before training"):
         before = _evaluate(trainer)
     started = time.monotonic()
-    if finished:  # but was interrupted before its end was evaluated
-        trainer._load_from_checkpoint(str(checkpoint.path))
-        trainer.state = checkpoint.state
+    if finished is not None:  # but was interrupted before its end was evaluated
+        trainer._load_from_checkpoint(str(finished.path))
+        trainer.state = finished.state
     else:
         if run is not None:
             trainer.add_callback(KeepRun(run))
@@ -166,7 +168,9 @@ def _train(trainer: Any, checkpoint: Checkpoint | None, console: Console) -> Non
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
 
 
-def _results_of(output: Path, run: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any] | None:
+def _results_of(
+    output: Path, run: dict[str, Any] | None, checkpoint: Checkpoint
+) -> dict[str, Any] | None:
     """What this very run wrote at its end, if it came so far."""
     path = output / RESULTS
     results = json.loads(path.read_text()) if path.exists() else {}
@@ -276,7 +280,7 @@ def _make_trainer(
         save_strategy="epoch" if settings.resume else "no",
     )
     peft_config = None
-    if settings.lora:
+    if settings.lora_rank is not None:
         from peft import LoraConfig
 
         peft_config = LoraConfig(
@@ -315,9 +319,9 @@ def _tokenizer(model: str) -> Any:
 
 def _examples(pairs: list[Pair], has_template: bool) -> list[dict[str, Any]]:
     """Rows for the trainer: messages, or text. A model with a chat template gets a chat of text."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for pair in pairs:
-        row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        row: dict[str, Any] = {name: getattr(pair, name) for name in TEXT_FIELDS}
         is_text = isinstance(pair.prompt, str)
         if not (is_text or has_template):
             raise ValueError(
@@ -413,7 +417,8 @@ def _progress_callback(progress: Progress) -> Any:
                 "train", total=state.max_steps, completed=state.global_step, numbers=""
             )
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict, **_: Any) -> None:
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            logs = kwargs["logs"]
             if "loss" in logs:
                 numbers = f"loss {logs['loss']:.4f}  margin {logs['rewards/margins']:+.3f}"
                 progress.update(self.task, completed=state.global_step, numbers=numbers)

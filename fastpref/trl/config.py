@@ -111,7 +111,7 @@ class PreferenceConfig(DPOConfig):
     objective_args: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Hyperparameters of the objective, by field name."}
     )
-    beta: float | None = field(
+    beta: float | None = field(  # type: ignore[assignment]  # None until the objective is known
         default=None, metadata={"help": "The objective's beta; None for its own default."}
     )
     schedule: str = field(default="auto", metadata={"help": f"One of {SCHEDULES}."})
@@ -139,7 +139,10 @@ class PreferenceConfig(DPOConfig):
                 )
             return trl_objective(self)
         check_own_objective(self, f"objective={self.objective!r}")
-        fields = dict(self.objective_args or {})
+        fields = self.objective_args or {}
+        if isinstance(fields, str):
+            raise ValueError(f"objective_args must be a dictionary, or JSON of one, got {fields!r}")
+        fields = dict(fields)
         beta = given_beta(self)
         if beta is not None and "beta" in hyperparameters(self.objective):
             fields.setdefault("beta", beta)
@@ -148,7 +151,7 @@ class PreferenceConfig(DPOConfig):
         return objective
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"beta": float(self.beta)}
+        return super().to_dict() | {"beta": None if self.beta is None else float(self.beta)}
 
 
 def trl_objective(args: DPOConfig) -> Objective:

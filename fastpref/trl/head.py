@@ -9,11 +9,11 @@ import logging
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
@@ -53,13 +53,12 @@ def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
         ValueError: the model's logits are not its last hidden state times its head, scaled and
             capped. Where the two tokens could not be run, a warning is logged instead.
     """
-    wrapper = model
-    if isinstance(wrapper, PeftModel):
-        model = wrapper.get_base_model()
-    scalars = _agreed_scalars(model)
-    stock_forward = model.forward
+    wrapper: Any = model
+    inner: Any = wrapper.get_base_model() if isinstance(wrapper, PeftModel) else wrapper
+    scalars = _agreed_scalars(inner)
+    stock_forward = inner.forward
 
-    @functools.wraps(type(model).forward)
+    @functools.wraps(type(inner).forward)
     def forward(
         self: PreTrainedModel,
         *args: Any,
@@ -74,7 +73,9 @@ def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
             return stock_forward(*args, **kwargs)
         kwargs["use_cache"] = False
         if loss_head is None:
-            targets_on_host = copied_to_host(shift_targets(labels, labels != IGNORED))
+            if labels is None:
+                raise ValueError("fused_lm_head=True needs labels")
+            targets_on_host = copied_to_host(shift_targets(labels, labels.ne(IGNORED)))
         backbone = _backbone(self)(*args, **kwargs)
         with _head_of(self) as (weight, bias):
             hidden = backbone.last_hidden_state.to(weight.device)
@@ -89,12 +90,12 @@ def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
                 logps = logps.double()
             return trl_utils.FusedCausalLMOutput(log_probs=logps[:, :-1])
 
-    model.forward = types.MethodType(forward, model)
+    inner.forward = types.MethodType(forward, inner)
     if isinstance(wrapper, PeftModel) and "forward" in vars(wrapper.base_model):
-        wrapper.base_model.forward = model.forward  # AdaptionPrompt keeps the one it once found
+        wrapper.base_model.forward = inner.forward  # AdaptionPrompt keeps the one it once found
 
 
-def _backbone(model: PreTrainedModel) -> nn.Module:
+def _backbone(model: Any) -> Any:
     """`base_model`; the model itself where its prefix names nothing, as in Llama 4's text model."""
     return model.model if model.base_model is model else model.base_model
 
@@ -102,13 +103,14 @@ def _backbone(model: PreTrainedModel) -> nn.Module:
 @contextlib.contextmanager
 def _head_of(model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Weight and bias of the LM head, gathered where ZeRO-3 or FSDP2 has sharded them."""
-    head = model.get_output_embeddings()
-    weight, bias = head.weight, getattr(head, "bias", None)  # wrapped by PEFT, it may have none
+    head: Any = model.get_output_embeddings()
+    weight: Any = head.weight
+    bias: Any = getattr(head, "bias", None)  # wrapped by PEFT, it may have none
     with trl_utils.maybe_gather_lm_head_ctx(weight, bias):
         yield _whole(weight), _whole(bias)
 
 
-def _whole(parameter: Tensor | None) -> Tensor | None:
+def _whole(parameter: Any) -> Any:
     """FSDP2 shards parameters as DTensors; the projection needs all of the head."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
@@ -121,7 +123,8 @@ def _router_loss(model: PreTrainedModel, backbone: Any, kwargs: dict[str, Any]) 
 
     config = model.config.get_text_config()
     experts = getattr(config, "num_experts", None) or config.num_local_experts
-    return load_balancing_loss_func(
+    balancing: Any = load_balancing_loss_func  # says that it may return a number
+    return balancing(
         backbone.router_logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask")
     )
 
@@ -129,7 +132,14 @@ def _router_loss(model: PreTrainedModel, backbone: Any, kwargs: dict[str, Any]) 
 # --- from the projection to the logits ----------------------------------------------------------
 
 
-def head_scalars(config: Any) -> dict[str, float | None]:
+class HeadScalars(TypedDict):
+    """What stands between the projection and the logits, as `preference_loss` takes it."""
+
+    softcap: float | None
+    logit_scale: float
+
+
+def head_scalars(config: Any) -> HeadScalars:
     """`softcap` and `logit_scale` of a causal language model, from its text config.
 
     Cohere and Command multiply logits by `logit_scale`, Falcon-H1 by `lm_head_multiplier`, others
@@ -151,7 +161,7 @@ def head_scalars(config: Any) -> dict[str, float | None]:
     return {"softcap": softcap, "logit_scale": 1.0 if scale is None else scale}
 
 
-def _agreed_scalars(model: PreTrainedModel) -> dict[str, float | None]:
+def _agreed_scalars(model: PreTrainedModel) -> HeadScalars:
     """The scalars that the model's own forward confirms.
 
     All processes take rank 0's answer: with FSDP's frugal loading the others have no weights yet.
@@ -168,7 +178,7 @@ def _agreed_scalars(model: PreTrainedModel) -> dict[str, float | None]:
     return answer[0]
 
 
-def _confirmed_scalars(model: PreTrainedModel) -> dict[str, float | None]:
+def _confirmed_scalars(model: PreTrainedModel) -> HeadScalars:
     """`head_scalars`, or those of them by which the model's logits of two tokens come about."""
     configured = head_scalars(model.config)
     family = f"{type(model).__name__} (model type {model.config.model_type!r})"
@@ -241,7 +251,8 @@ def _ordinary_tokens(model: PreTrainedModel) -> list[int]:
         for name, value in config.to_dict().items():
             if name.endswith(("_id", "_index")):
                 special |= set(value) if isinstance(value, list) else {value}
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = embeddings.weight.shape[0]
     middle = range(vocabulary // 2, vocabulary)
     return list(itertools.islice((token for token in middle if token not in special), 2))
 
@@ -261,12 +272,12 @@ def _projection(
     eps = max(torch.finfo(x).eps for x in (hidden.dtype, weight.dtype, dtype))
     eps = max(eps, products[torch.get_float32_matmul_precision()])
     h = hidden.to(wide)
-    projected, size = [], []
+    projections, sizes = [], []
     for rows in weight.split(8192):  # a wider copy of the whole head may not fit
         w = rows.to(wide)
-        projected.append(h @ w.T)
-        size.append((h.square() @ w.square().T).sqrt())
-    projected, size = torch.cat(projected, -1), torch.cat(size, -1)
+        projections.append(h @ w.T)
+        sizes.append((h.square() @ w.square().T).sqrt())
+    projected, size = torch.cat(projections, -1), torch.cat(sizes, -1)
     if bias is not None:
         projected = projected + bias.to(wide)
         size = size + bias.to(wide).abs()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from typing import Any
 
 import trl
 from packaging.version import Version
 from torch import Tensor
-from trl.trainer import utils as trl_utils
+from trl.trainer import utils
 
 from fastpref.loss import linear_logps
+
+trl_utils: Any = utils  # a module of which a name is rebound
 
 _SUPPORTED_TRL = "1.16"
 _CHUNKED_APPLY = (
@@ -21,8 +24,8 @@ _CHUNKED_APPLY = (
 class LogpsHandle(contextlib.AbstractContextManager):
     """Undoes `use_fastpref_logps`: by `.undo()`, or at the end of a `with` block."""
 
-    def __init__(self, replaced: type) -> None:
-        self._replaced: type | None = replaced
+    def __init__(self, replaced: Any) -> None:
+        self._replaced = replaced
 
     def undo(self) -> None:
         """Gives TRL its own function back; calling it again does nothing."""
@@ -93,5 +96,5 @@ class _FastprefLogps:
             logit_scale=logit_scale,
             stats=wanted,
         )
-        logps, found = result if wanted else (result, {})
+        logps, found = result if isinstance(result, tuple) else (result, {})
         return logps, *(found.get(name) for name in names)

@@ -94,6 +94,12 @@ class PreferenceTrainer(DPOTrainer):
             own logits are not made by its head (see `add_loss_head`).
     """
 
+    objective: Objective
+    model: Any
+    ref_model: Any
+    _signature_columns: Any
+    _evaluated: list[float]
+
     def __init__(
         self,
         model: Any,
@@ -132,7 +138,7 @@ class PreferenceTrainer(DPOTrainer):
         self.precompute_ref_logps &= self._uses_reference
         self.beta = self.objective.reward_scale
         self._schedule = getattr(args, "schedule", "auto")  # which a plain DPOConfig has not
-        self._computing = {
+        self._computing: dict[str, Any] = {
             "backend": getattr(args, "backend", "auto"),
             "logits_budget": getattr(args, "logits_budget", None),
         }
@@ -246,7 +252,7 @@ class PreferenceTrainer(DPOTrainer):
         first_time = self._first_time(pairs)
         seen = max(first_time, 1)  # of none the loss is still wanted, though nobody counts it
 
-        def of_seen(x: Tensor | None) -> Tensor | None:  # (B, …) or (2B, …)
+        def of_seen(x: Any) -> Any:  # (B, …) or (2B, …)
             if x is None or seen == pairs:
                 return x
             return x[:seen] if len(x) == pairs else x.unflatten(0, (2, -1))[:, :seen].flatten(0, 1)
@@ -278,7 +284,7 @@ class PreferenceTrainer(DPOTrainer):
                 **head,
                 **self._computing,
             )
-            if not untouched:
+            if token_weights is None or not untouched:
                 return out
             # TRL's sft leaves ld_alpha out: what the token weights took from it is given back.
             chosen = slice(0, seen)
@@ -366,7 +372,7 @@ def _each(function: Callable[[Tensor], Any], values: Mapping[str, Any]) -> dict[
     }
 
 
-def _mover(device: torch.device) -> Callable[[Tensor | None], Tensor | None]:
+def _mover(device: torch.device) -> Callable[[Any], Any]:
     """With the model split across devices, the head can be elsewhere than the batch."""
     return lambda tensor: None if tensor is None else tensor.to(device)
 

@@ -24,7 +24,7 @@ class Stopwatch:
     """Times calls on a device, "cpu" or "cuda"."""
 
     def __init__(self, device: str) -> None:
-        self._flushed = None
+        self._flushed: torch.Tensor | None = None
         if device != "cpu":
             self._flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device=device)
             self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -37,12 +37,12 @@ class Stopwatch:
             return time.perf_counter() - started
         torch.cuda.synchronize()
         self._flushed.zero_()
-        started, ended = self._events
-        started.record()
+        first, last = self._events
+        first.record()
         call()
-        ended.record()
+        last.record()
         torch.cuda.synchronize()
-        return started.elapsed_time(ended) / 1e3
+        return first.elapsed_time(last) / 1e3
 
     def repeated(self, call: Call, repeats: int, warmups: int = 2) -> list[float]:
         """Of one call after the other."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,7 +152,10 @@ class Inputs:
 
 def make_inputs(workload: Workload, device: str, seed: int = 0) -> Inputs:
     """Random inputs, drawn on the device; each target's logit is a little below the log-sum-exp."""
-    draw = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    draw: dict[str, Any] = {
+        "generator": torch.Generator(device).manual_seed(seed),
+        "device": device,
+    }
     dtype = getattr(torch, workload.dtype)
     size, vocabulary = workload.hidden_size, workload.vocabulary
     weight = torch.randn(vocabulary, size, **draw).mul_(LOGIT_DEVIATION / size**0.5)
