@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import tempfile
 
 # Nothing here may ask a model hub, and a request for one should fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +17,8 @@ from hypothesis import settings
 pytest.register_assert_rewrite("trl_runs")
 
 torch.set_num_threads(2)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+RUNS = pytest.StashKey[dict]()
 
 WORDS = "the a sun moon sea ship sails over under big small red blue cold warm and is was why how"
 PAIRS = [
@@ -108,17 +113,54 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """The same few hundred cases in every run, or as many new ones as `--fuzz` asks for."""
-    few = 30 if os.environ.get("TRITON_INTERPRET") == "1" else 300
+    few = 30 if INTERPRETED else 300
     cases = config.getoption("--fuzz")
     settings.register_profile(
         "fuzz", max_examples=cases or few, derandomize=not cases, deadline=None, database=None
     )
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """GPU tests run where there is a GPU, or fail loudly where `-m gpu` asks for them."""
-    if torch.accelerator.is_available() or "gpu" in (config.option.markexpr or ""):
-        return
+    """GPU tests run where there is a GPU, or fail loudly where `-m gpu` asks for them.
+
+    Triton decides at import whether it interprets, so files about the interpreter run themselves in
+    a process of their own: beside the other tests, and their results are asked for last.
+    """
+    has_gpu = torch.accelerator.is_available() or "gpu" in (config.option.markexpr or "")
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" in item.keywords and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="no GPU"))
+    own = [item for item in items if "interpreted_run" in getattr(item, "fixturenames", ())]
+    if INTERPRETED or config.option.collectonly or not own:
+        return
+    items[:] = [*(item for item in items if item not in own), *own]
+    config.stash[RUNS] = {item.path: start_interpreted(item.path, config) for item in own}
+
+
+def start_interpreted(path, config):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)]
+    if config.option.fuzz:
+        command += ["--fuzz", str(max(1, config.option.fuzz // 10))]
+    output = tempfile.TemporaryFile("w+")  # noqa: SIM115  # read when the process has ended
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    return process, output
+
+
+@pytest.fixture
+def interpreted_run(request):
+    """Waits for this file's other process: a function that gives its exit status and output."""
+
+    def wait():
+        process, output = request.config.stash[RUNS][request.path]
+        status = process.wait()
+        output.seek(0)
+        return status, output.read()
+
+    return wait
+
+
+def pytest_unconfigure(config):
+    for process, _ in config.stash.get(RUNS, {}).values():
+        process.kill()

@@ -8,8 +8,6 @@ itself once more.
 
 import dataclasses
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -27,14 +25,10 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_all_of_this_file_under_the_interpreter(pytestconfig):
+def test_all_of_this_file_under_the_interpreter(interpreted_run):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    if pytestconfig.option.fuzz:
-        command += ["--fuzz", str(max(1, pytestconfig.option.fuzz // 10))]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-1000:]
+    status, output = interpreted_run()
+    assert status == 0, output[-4000:]
 
 
 # --- cases --------------------------------------------------------------------------------------

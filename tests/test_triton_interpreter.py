@@ -9,8 +9,6 @@ import dataclasses
 import itertools
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -51,11 +49,9 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of i
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_all_of_this_file_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-1000:]
+def test_all_of_this_file_under_the_interpreter(interpreted_run):
+    status, output = interpreted_run()
+    assert status == 0, output[-4000:]
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of −inf − −inf
