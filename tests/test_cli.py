@@ -51,8 +51,14 @@ def is_png(path):
             "adapter_config.json",
         ),
         (["--objective", "simpo", "--balance"], "SimPO(balance=Balance(", True, "config.json"),
+        (
+            ["--objective", "dpop", "--set", "penalty=2.5", "--set", "divergence=js"],
+            "divergence=Divergence(name='js', alpha=0.5), beta=0.3, penalty=2.5)",
+            False,
+            "config.json",
+        ),
     ],
-    ids=["unidpo", "adadpo-lora", "simpo"],
+    ids=["unidpo", "adadpo-lora", "simpo", "dpop"],
 )
 def test_train(more, objective, per_token, saved, tiny_llama, pairs_file, tmp_path):
     output = tmp_path / "out"
@@ -232,6 +238,11 @@ def test_a_run_interrupted_before_its_end_was_evaluated(tiny_llama, pairs_file, 
         (["--objective", "ppo"], "unknown objective 'ppo'"),
         (["--objective", "dpo", "--eta", "1"], "DPO has no hyperparameter 'eta'"),
         (["--beta", "nan"], "beta must be"),
+        (["--objective", "discopop", "--set", "tau"], "--set takes NAME=VALUE, got 'tau'"),
+        (["--objective", "discopop", "--set", "tau=x"], "tau must be a number, got 'x'"),
+        (["--objective", "discopop", "--set", "sigma=1"], "no hyperparameter 'sigma'"),
+        (["--beta", "1", "--set", "beta=2"], "beta is given twice"),
+        (["--objective", "sft", "--balance"], "no hyperparameter 'balance'"),
         (["--holdout", "8"], "leaves none of 8 pairs"),
         (["--schedule", "fast"], "unknown schedule 'fast'"),
         (["--output", "/proc/out"], "/proc/out"),

@@ -85,6 +85,10 @@ def train_command(
         float | None, _hyperparameter("--tau-good", "τ_good, least score for Uni-DPO's NLL")
     ] = None,
     odds_weight: Annotated[float | None, _hyperparameter("--odds-weight", "λ of ORPO")] = None,
+    more: Annotated[
+        list[str] | None,
+        _hyperparameter("--set", "NAME=VALUE, any other field of the objective; repeatable"),
+    ] = None,
     length_normalized: Annotated[
         bool | None,
         _hyperparameter("--length-normalized/--summed", "averages per token or sums"),
@@ -171,6 +175,7 @@ def train_command(
     }
     try:
         given["balance"] = _balance(objective, balance, balance_ceiling, balance_source)
+        given |= _more_fields(more or [], given)
         settings = TrainSettings(
             model=model,
             data=data,
@@ -195,7 +200,7 @@ def train_command(
             resume=resume,
         )
         train(settings, console)
-    except (ValueError, OSError) as problem:
+    except (ValueError, TypeError, OSError) as problem:
         _fail(str(problem))
 
 
@@ -209,11 +214,28 @@ def _balance(
         return fields or switch
     for name in fields:
         raise ValueError(f"--no-balance contradicts --balance-{name}")
-    if hyperparameters(objective)["balance"] is not None:
+    if hyperparameters(objective).get("balance") is not None:
         raise ValueError(
             f"--no-balance contradicts --objective {objective}, whose balance defines it"
         )
     return switch
+
+
+def _more_fields(texts: list[str], given: dict[str, Any]) -> dict[str, Any]:
+    """Fields by `--set NAME=VALUE`, a JSON value or else a text."""
+    fields: dict[str, Any] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        name = name.replace("-", "_")
+        if not (name and sign):
+            raise ValueError(f"--set takes NAME=VALUE, got {text!r}")
+        if name in fields or given.get(name) is not None:
+            raise ValueError(f"{name} is given twice")
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return fields
 
 
 @app.command("verify")
