@@ -113,7 +113,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """The same few hundred cases in every run, or as many new ones as `--fuzz` asks for."""
-    few = 30 if INTERPRETED else 300
+    few = 20 if INTERPRETED else 300
     cases = config.getoption("--fuzz")
     settings.register_profile(
         "fuzz", max_examples=cases or few, derandomize=not cases, deadline=None, database=None
