@@ -38,8 +38,8 @@ class TrainSettings:
     """What `fastpref train` takes; hyperparameters not given keep the objective's defaults.
 
     `dtype` is that of the model's products and of every weight that does not train. Weights that
-    train are float32 whatever it is: a bfloat16 has 8 bits, and at a learning rate of 1e-6 an
-    update reaches the last of them in 0.4 % of SmolLM2-135M's weights.
+    train are float32 whatever it is: a bfloat16 has 8 bits, and at a learning rate of 1e-6 hardly
+    an update reaches the last of them.
 
     Raises:
         ValueError, TypeError: a number out of its range, or two settings that contradict each

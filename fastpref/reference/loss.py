@@ -75,9 +75,10 @@ def preference_loss(
     )
     losses = 0 * logps[:prompts]  # differentiable where no prompt counts, too
     if counted.any():
-        by_formula = pair_losses(objective, objective.view(seen))
-        if not is_built_in(objective):
-            evaluate(objective, seen)  # which holds a user's losses to what they must be
+        if is_built_in(objective):
+            by_formula = pair_losses(objective, objective.view(seen))
+        else:
+            by_formula = evaluate(objective, seen)
         losses = losses.masked_scatter(counted, by_formula)
     if pair_weights is not None:
         losses = losses * pair_weights.to(dtype)
