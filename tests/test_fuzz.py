@@ -185,14 +185,15 @@ def test_a_gradient_scaled_by_1_001_fails(dtype, monkeypatch):
 
 
 def plant_factor(monkeypatch, factor):
-    """Coefficients of every backward of the torch backend, times `factor`."""
+    """Gradients of every schedule of the torch backend, times `factor`."""
     group, again, kept = (
         getattr(torch_backend, name)
-        for name in ("group_backward", "recompute_backward", "forward_with_gradients")
+        for name in ("group_gradients", "recompute_backward", "forward_with_gradients")
     )
 
-    def group_backward(hidden, targets, head, buffer, rows, coef, grads):
-        group(hidden, targets, head, buffer, rows, factor * coef, grads)
+    def group_gradients(*args):
+        gradient, of_rows = group(*args)
+        return gradient, factor * of_rows
 
     def recompute_backward(hidden, targets, head, lse, coef, *more):
         return again(hidden, targets, head, lse, factor * coef, *more)
@@ -201,7 +202,7 @@ def plant_factor(monkeypatch, factor):
         rows, grad = kept(*args)
         return rows, factor * grad
 
-    monkeypatch.setattr(torch_backend, "group_backward", group_backward)
+    monkeypatch.setattr(torch_backend, "group_gradients", group_gradients)
     monkeypatch.setattr(torch_backend, "recompute_backward", recompute_backward)
     monkeypatch.setattr(torch_backend, "forward_with_gradients", forward_with_gradients)
 

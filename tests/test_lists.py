@@ -209,7 +209,7 @@ def test_a_pair_of_weight_0_counts_and_skips_the_backward_products(monkeypatch):
 
     given, options = batch_of(2)
     rows = []
-    for name in ("group_backward", "recompute_backward"):
+    for name in ("group_gradients", "recompute_backward"):
         original = getattr(torch_backend, name)
 
         def counting(hidden, *args, original=original):

@@ -520,7 +520,7 @@ def test_saturated_pairs_skip_the_backward_products(schedule, monkeypatch):
     options = PADDED.options | {"ref_logps": ref_logps}
     batch = dataclasses.replace(PADDED, options=options)
     rows = []
-    for name in ("group_backward", "recompute_backward"):
+    for name in ("group_gradients", "recompute_backward"):
         original = getattr(torch_backend, name)
 
         def counting(hidden, *args, original=original):

@@ -96,8 +96,29 @@ class RowStats:
 
 
 @dataclass
+class Total:
+    """A parameter's gradient, summed over groups.
+
+    `high` is the gradient; where that is too narrow to sum in, `low` is an int8 remainder of each
+    number. What has not been `written` is uninitialised: the first to come need not add.
+    """
+
+    high: Tensor
+    low: Tensor | None = None
+    written: bool = False
+
+    def finish(self) -> Total:
+        """A gradient to which nothing has been added is 0."""
+        if not self.written:
+            self.high.zero_()
+            if self.low is not None:
+                self.low.zero_()
+        return self
+
+
+@dataclass
 class Grads:
-    """Gradients in the making; None where not wanted. Accumulated in `accumulate_dtype`."""
+    """Gradients of the parameters and of hidden; None where not wanted."""
 
     hidden: Tensor | None  # (n, H), rows of this call
     weight: Tensor | None  # (V, H)
@@ -115,8 +136,57 @@ class Weighed:
     alignments: Tensor | None = None  # (K·prompts,) where the objective needs them
 
 
+class Elementwise(Protocol):
+    """What surrounds the products: `fastpref.backends.elementwise`, or kernels that do the same."""
+
+    def fitted(
+        self,
+        x: Tensor,  # (m, H)
+        bound: Tensor,  # ()
+        index: Tensor | None = None,  # (n,)
+        factor: Tensor | None = None,  # (n,)
+        factor_bound: Tensor | None = None,  # ()
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def accumulate_(
+        self,
+        high: Tensor,  # (rows, H)
+        low: Tensor | None,  # (rows, H)
+        product: Tensor,  # (rows, H)
+        scale: Tensor | None,  # ()
+        add: bool,
+    ) -> None: ...
+
+    def keep_(
+        self,
+        wide: Tensor,  # (n, H)
+        high: Tensor,  # (M, H)
+        low: Tensor | None,  # (n, H)
+        index: Tensor,  # (n,)
+    ) -> None: ...
+
+    def take_(
+        self,
+        high: Tensor,  # (M, H)
+        low: Tensor | None,  # (n, H)
+        index: Tensor,  # (n,)
+        coef: Tensor,  # (n,)
+    ) -> None: ...
+
+    def scaled(
+        self,
+        grad: Tensor,
+        upstream: Tensor,  # ()
+        dtype: torch.dtype,
+        low: Tensor | None = None,
+    ) -> Tensor: ...
+
+
 class Backend(Protocol):
-    """The five functions every backend has, and two that it may leave to torch (None)."""
+    """What every backend has; it may leave the weighing of pairs to autograd (None)."""
+
+    @property
+    def elementwise(self) -> Elementwise: ...
 
     def forward(
         self,
@@ -129,27 +199,41 @@ class Backend(Protocol):
     ) -> RowStats:
         """Statistics of every row; no more logits than one tile."""
 
+    def kept_dtype(self, head: Head) -> torch.dtype:
+        """Of the buffer of a group."""
+
     def group_forward(
         self,
         hidden: Tensor,  # (n, H)
         targets: Tensor,  # (n,)
         head: Head,
-        buffer: Tensor,  # (n, V), accumulate_dtype, uninitialised
+        buffer: Tensor,  # (n, V), kept_dtype, uninitialised
         stats: tuple[str, ...],
     ) -> RowStats:
-        """Statistics of every row; `buffer` keeps what `group_backward` needs."""
+        """Statistics of every row; `buffer` keeps what `group_gradients` needs."""
 
-    def group_backward(
+    def group_gradients(
         self,
         hidden: Tensor,  # (n, H)
         targets: Tensor,  # (n,)
         head: Head,
         buffer: Tensor,  # (n, V), consumed
         rows: RowStats,
-        coef: Tensor,  # (n,)
-        grads: Grads,
+        coef: Tensor,  # (n,) rows where it is 0 need no gradient
+    ) -> tuple[Tensor, Tensor]:
+        """`gradient (n, V)` in buffer's memory and `factor (n,)`.
+
+        ∂ℓ_t/∂(W h + b) is factor_t · gradient_t: no coefficient in either.
+        """
+
+    def add_weight_gradient(
+        self,
+        total: Total,  # (V, H)
+        gradient: Tensor,  # (n, V)
+        rows: Tensor,  # (n, H)
+        inverse: Tensor | None,  # () of rows, None for 1
     ) -> None:
-        """Writes `grads.hidden`, adds to `grads.weight` and `grads.bias`."""
+        """`total (+)= inverse · gradientᵀ @ rows`."""
 
     def forward_with_gradients(
         self,
@@ -161,8 +245,8 @@ class Backend(Protocol):
     ) -> tuple[RowStats, Tensor]:
         """Statistics of every row, and ∂ℓ/∂h `(n, H)` in accumulate_dtype.
 
-        Slice after slice of `columns`, as an online softmax whose values are rows of the head: what
-        is summed so far shrinks as the log-sum-exp grows. No slice is needed twice.
+        Slice after slice of `columns`, as an online softmax whose values are rows of the head. No
+        slice is needed twice.
         """
 
     def recompute_backward(
@@ -181,10 +265,6 @@ class Backend(Protocol):
     @property
     def weigh_pairs(self) -> Callable[..., Weighed] | None:
         """Losses, coefficients and metrics of pairs, as in `fastpref_kernels.weigh_pairs`."""
-
-    @property
-    def scaled(self) -> Callable[[Tensor, Tensor, torch.dtype], Tensor] | None:
-        """A gradient, consumed, times an upstream gradient `()`, in some dtype."""
 
 
 def choose_backend(name: str, device: torch.device) -> Backend:

@@ -2,29 +2,31 @@
 
 The elementwise work happens in place, on a few rows at a time so that they stay in the cache. A
 materialised group ends up as E − s·onehot with E = exp(z − max z) and s = Σ E, from which
-∂ℓ/∂z = −(E − s·onehot) / s: the division by s, the row's coefficient and every scalar of the head
-are one factor a row, applied to the small operands of the products instead of to the logits.
+∂ℓ/∂z = −(E − s·onehot) / s: the division by s and every scalar of the head are one factor a row,
+applied to the small operands of the products instead of to the logits.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from fastpref.backends import Grads, Head, RowStats
+from fastpref.backends import Grads, Head, RowStats, elementwise, gradients
+from fastpref.backends.gradients import SCALE, add_target_rows, sliced_gradients
 from fastpref.backends.products import (
     add_product,
-    add_target_rows,
     as_operand,
-    full_precision,
+    gradient_dtype,
     product_dtype,
     product_into,
-    sliced_gradients,
     weight_slices,
 )
 
-# Autograd differentiates the objective, torch scales the gradients.
-weigh_pairs = scaled = None
+# Autograd differentiates the objective.
+weigh_pairs = None
+add_weight_gradient = functools.partial(gradients.add_weight_gradient, elementwise)
 
 # Elements of a block of logits that elementwise passes work on: 2 MiB of float32 stay in L2.
 _BLOCK_ELEMENTS = 2**19
@@ -57,6 +59,10 @@ def forward(
             fold.add(z, first)
         parts.append(fold.finish(vocabulary))
     return RowStats.concatenate(parts)
+
+
+def kept_dtype(head: Head) -> torch.dtype:
+    return head.accumulate_dtype
 
 
 def group_forward(
@@ -101,40 +107,29 @@ def _block_forward(z: Tensor, targets: Tensor, head: Head, stats: tuple[str, ...
         z.mul_(slope)
     logps = target_z - peak - log_total
     return RowStats(
-        logps.squeeze(-1), (peak + log_total).squeeze(-1), extra, -_slope(head) / total.squeeze(-1)
+        logps.squeeze(-1), (peak + log_total).squeeze(-1), extra, -1 / total.squeeze(-1)
     )
 
 
-def group_backward(
+def group_gradients(
     hidden: Tensor,  # (n, H)
     targets: Tensor,  # (n,)
     head: Head,
     buffer: Tensor,  # (n, V)
     rows: RowStats,
     coef: Tensor,  # (n,)
-    grads: Grads,
-) -> None:
+) -> tuple[Tensor, Tensor]:
     assert rows.factor is not None  # `group_forward` gives it
-    factor = rows.factor * coef
-    dtype = product_dtype(head)
-    if dtype != buffer.dtype:  # the one rounding of half-precision operands is of the product
-        buffer = buffer.mul_(factor[:, None]).to(dtype)
-        if grads.bias is not None:
-            grads.bias += buffer.sum(0, dtype=grads.bias.dtype)
-        scaled, after = as_operand(hidden, head), None
-    else:
-        if grads.bias is not None:
-            with full_precision():
-                grads.bias.addmv_(buffer.T, factor)
-        scaled, after = as_operand(hidden, head) * factor[:, None], factor[:, None]
-    if grads.weight is not None:
-        add_product(grads.weight, buffer.T, scaled)
-    if grads.hidden is not None:
-        grads.hidden.zero_()
-        for first, last, weight in weight_slices(head):
-            add_product(grads.hidden, buffer[:, first:last], weight)
-        if after is not None:
-            grads.hidden.mul_(after)
+    dtype = gradient_dtype(head)
+    if dtype == buffer.dtype:
+        return buffer, _slope(head) * rows.factor
+    # A narrower row overwrites the beginning of its own wider one, some of them at a time.
+    gradient = buffer.view(dtype)[:, : buffer.shape[1]]
+    step = max(1, _BLOCK_ELEMENTS // max(1, buffer.shape[1]))
+    for start in range(0, len(buffer), step):
+        part = slice(start, start + step)
+        gradient[part] = (buffer[part] * (SCALE * rows.factor[part, None])).to(dtype)
+    return gradient, torch.full_like(rows.factor, _slope(head) / SCALE)
 
 
 def forward_with_gradients(
@@ -172,28 +167,36 @@ def recompute_backward(
     tile: tuple[int, int],
     wants: tuple[bool, bool, bool],
 ) -> Grads:
-    dtype = product_dtype(head)
-    factor = (_slope(head) * coef)[:, None]
+    dtype, slope_of_all = gradient_dtype(head), _slope(head)
 
-    def gradient_of(operand: Tensor, weight: Tensor, block: slice, first: int, z: Tensor) -> Tensor:
+    def gradient_of(
+        operand: Tensor,
+        weight: Tensor,
+        block: slice,
+        first: int,
+        z: Tensor,
+        coef: Tensor,
+        entropy: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
         _project(operand, weight, head, first, first + len(weight), out=z)
         slope = _softcap_(z, head)
         z.sub_(lse[block, None])
+        factor = slope_of_all * coef[block, None]
         if entropy is not None:  # ∂H/∂z = −p (log p + H); of log p = −inf, p log p is 0
             z.clamp_(min=_LOG_OF_ZERO)
-            of_row, its_coef = entropy[0][block, None], _slope(head) * entropy[1][block, None]
-            spread = (z + of_row).mul_(its_coef).add_(factor[block])
+            of_row, its_coef = entropy[0][block, None], slope_of_all * entropy[1][block, None]
+            spread = (z + of_row).mul_(its_coef).add_(factor)
             z.exp_().mul_(spread).neg_()
-            _add_at_targets(z, targets[block], first, factor[block])
+            _add_at_targets(z, targets[block], first, factor)
         else:
             z.exp_()
             _add_at_targets(z, targets[block], first, z.new_full((len(z), 1), -1))
-            z.mul_(-factor[block])
+            z.mul_(-factor)
         if slope is not None:
             z.mul_(slope)
         return z.to(dtype)
 
-    return sliced_gradients(hidden, head, tile, wants, gradient_of)
+    return sliced_gradients(elementwise, hidden, head, coef, entropy, tile, wants, gradient_of)
 
 
 class _Fold:

@@ -6,15 +6,18 @@ logits of the group become their own gradient in place.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastpref.backends import Backend, Grads, Head, RowStats, Weighed
+from fastpref.backends import Backend, Head, RowStats, Total, Weighed
+from fastpref.backends.gradients import fitted_rows, hidden_gradient, new_total
+from fastpref.backends.products import as_operand
 from fastpref.objectives import Objective
 from fastpref.planner import Plan, even_ranges
 from fastpref.schedules.autograd import first_order, no_autocast
+from fastpref.schedules.kept_rows import KeptRows
 from fastpref.schedules.prompts import Prompts
 from fastpref.sequences import Rows
 
@@ -25,8 +28,8 @@ class PairGroups(torch.autograd.Function):
     `(loss, losses (B,), logps (K·B,), metrics, alignments (K·B,), *stats (N,))`, metrics and
     alignments where there are any.
 
-    Gradients leave the forward for an upstream gradient of 1 and are scaled in the backward, in
-    place and without a device synchronisation, then handed over: a second backward is an error.
+    What leaves the forward is a gradient for an upstream gradient of 1, scaled in the backward
+    without a device synchronisation, then handed over: a second backward is an error.
     """
 
     @staticmethod
@@ -44,32 +47,22 @@ class PairGroups(torch.autograd.Function):
         backend: Backend,
         stats: tuple[str, ...],
     ) -> tuple[Any, ...]:
-        dtype = head.accumulate_dtype
-        grad_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if hidden.requires_grad else None
-        grads = Grads(
-            grad_hidden,
-            weight.new_zeros(weight.shape, dtype=dtype) if weight.requires_grad else None,
-            None
-            if bias is None or not bias.requires_grad
-            else bias.new_zeros(bias.shape, dtype=dtype),
-        )
         with no_autocast(hidden):
-            group = _Group(hidden, rows, head, plan, backend, stats, grads)
+            groups = _Groups(hidden, rows, head, plan, backend, stats)
             for first, last in plan.groups:
-                group.run(first, last, prompts, objective, divisor)
-        losses = torch.cat([part.losses for part in group.weighed])
-        logps = rows.in_batch_order(torch.cat([part.logps for part in group.weighed]))
+                groups.run(first, last, prompts, objective, divisor)
+        losses = torch.cat([part.losses for part in groups.weighed])
+        logps = rows.in_batch_order(torch.cat([part.logps for part in groups.weighed]))
         alignments = None
         if objective.needs_alignments:
-            parts = [part.alignments for part in group.weighed if part.alignments is not None]
+            parts = [part.alignments for part in groups.weighed if part.alignments is not None]
             alignments = rows.in_batch_order(torch.cat(parts))
         if len(plan.groups) > 1 and not prompts.fusible(objective, backend):
             prompts.refuse_coupled(objective, logps, alignments, losses)
-        metrics = _joined([part.metrics for part in group.weighed])
-        found = RowStats.concatenate(group.parts)
+        metrics = _joined([part.metrics for part in groups.weighed])
+        found = RowStats.concatenate(groups.parts)
         extra = [found.extra[name] for name in stats]
-        ctx.grads, ctx.backend = grads, backend
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.gradients = groups.gradients
         constants = [losses, logps, *extra, *([] if alignments is None else [alignments])]
         ctx.mark_non_differentiable(*constants)
         return losses.sum() / divisor, losses, logps, metrics, alignments, *extra
@@ -77,26 +70,92 @@ class PairGroups(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple:
-        if ctx.grads is None:
+        if ctx.gradients is None:
             raise RuntimeError(
                 "preference_loss handed its gradients over in the first backward; for a second "
                 "one through the same loss use schedule='recompute'"
             )
-        grads, ctx.grads = ctx.grads, None
-        accumulated = [grads.bias, grads.weight, grads.hidden]
-        del grads
-        # Rounded once, after scaling: fp16 gradients of an unscaled loss would underflow. Each is
-        # let go before the next is made, the smaller ones first.
-        scale = ctx.backend.scaled or _scaled
-        scaled = []
-        for dtype in ctx.dtypes:
-            grad = accumulated.pop()
-            scaled.append(None if grad is None else scale(grad, upstream, dtype))
-            del grad
-        return *scaled, *[None] * 8
+        gradients, ctx.gradients = ctx.gradients, None
+        return *gradients.times(upstream), *[None] * 8
 
 
-class _Group:
+class _Live(NamedTuple):
+    """Rows whose gradients of logits are at hand."""
+
+    gradient: Tensor  # (n, V)
+    operand: Tensor  # (n, H)
+    factor: Tensor  # (n,) of the gradient, coefficients included
+
+
+class _Gradients:
+    """Gradients but for the upstream one.
+
+    Of several groups the head's is summed as they come. Of one, its rows stay where they are until
+    the backward: there the upstream gradient is known, and the head's is written once.
+    """
+
+    def __init__(
+        self, hidden: Tensor, rows: Rows, head: Head, backend: Backend, *, defers: bool
+    ) -> None:
+        self.head, self.backend, self.defers = head, backend, defers
+        self.kept: KeptRows | None = None
+        if hidden.requires_grad:
+            self.kept = KeptRows(hidden, rows.index, len(rows.targets), head, backend.elementwise)
+        self.parameters = [
+            x.detach() if x is not None and x.requires_grad else None
+            for x in (head.weight, head.bias)
+        ]
+        self.totals: list[Total | None] = [None, None]
+        self.live: list[_Live] = []
+        self.coefs: list[Tensor] = []
+
+    def add(self, start: int, live: _Live, factor: Tensor) -> None:
+        """Of the rows from `start` on; `factor` is without coefficients."""
+        if self.kept is not None:
+            by = self.backend.elementwise
+            self.kept.put(start, hidden_gradient(by, live.gradient, factor, self.head))
+        if self.defers:
+            self.live.append(live)
+        else:
+            self._add_to_head(live, groups=2)
+
+    def times(self, upstream: Tensor) -> list[Tensor | None]:
+        """Gradients of hidden, weight and bias, rounded once; what they are made of is let go."""
+        of_hidden = None
+        if self.kept is not None:
+            of_hidden = self.kept.times(torch.cat(self.coefs) * upstream)
+        groups = len(self.live)
+        while self.live:
+            live = self.live.pop()
+            self._add_to_head(live._replace(factor=live.factor * upstream), groups)
+        return [of_hidden, *(self._of_head(i, None if groups else upstream) for i in range(2))]
+
+    def _of_head(self, which: int, upstream: Tensor | None) -> Tensor | None:
+        parameter, total = self.parameters[which], self.totals[which]
+        self.totals[which] = None
+        if parameter is None or total is None:
+            return None if parameter is None else torch.zeros_like(parameter)
+        if upstream is None:
+            return total.high.to(parameter.dtype).view(parameter.shape)
+        scaled = self.backend.elementwise.scaled
+        return scaled(total.high, upstream, parameter.dtype, total.low).view(parameter.shape)
+
+    def _add_to_head(self, live: _Live, groups: int) -> None:
+        """To be one of so many."""
+        gradient, operand, factor = live
+        ones = operand.new_ones(len(operand), 1)
+        for i, (parameter, rows) in enumerate(zip(self.parameters, (operand, ones), strict=True)):
+            if parameter is None:
+                continue
+            total = self.totals[i]
+            if total is None:
+                slot = parameter if i == 0 else parameter[:, None]
+                total = self.totals[i] = new_total(slot, self.head, groups=groups)
+            rows, inverse = fitted_rows(self.backend.elementwise, rows, factor)
+            self.backend.add_weight_gradient(total, gradient, rows, inverse)
+
+
+class _Groups:
     """Runs group after group of whole prompts through one buffer."""
 
     def __init__(
@@ -107,12 +166,13 @@ class _Group:
         plan: Plan,
         backend: Backend,
         stats: tuple[str, ...],
-        grads: Grads,
     ) -> None:
         self.hidden, self.rows, self.head = hidden, rows, head
-        self.plan, self.backend, self.stats, self.grads = plan, backend, stats, grads
+        self.plan, self.backend, self.stats = plan, backend, stats
         shape = (plan.group_rows, len(head.weight))
-        self.buffer = hidden.new_empty(shape, dtype=head.accumulate_dtype)
+        self.buffer = hidden.new_empty(shape, dtype=backend.kept_dtype(head))
+        once = len(plan.groups) == 1 and len(rows.targets) <= plan.group_rows
+        self.gradients = _Gradients(hidden, rows, head, backend, defers=once)
         self.parts: list[RowStats] = []
         self.weighed: list[Weighed] = []
 
@@ -128,36 +188,35 @@ class _Group:
         rows, responses = self.rows, self.rows.responses
         start, stop = (sum(rows.counts[: responses * prompt]) for prompt in (first, last))
         pieces = [(start + a, start + b) for a, b in even_ranges(stop - start, len(self.buffer))]
-        parts = [self._project(a, b) for a, b in pieces]
+        parts = []
+        for a, b in pieces:
+            operand, part = self._project(a, b)
+            parts.append(part)
         self.parts += parts
         group = RowStats.concatenate(parts)
         weighed = prompts.weigh(objective, self.backend, group, first, last, divisor)
         self.weighed.append(weighed)
+        self.gradients.coefs.append(weighed.coef)
         for (a, b), part in zip(pieces, parts, strict=True):
             if len(pieces) > 1:  # a prompt beyond the budget: its buffer has been overwritten
-                part = self._project(a, b)
+                operand, part = self._project(a, b)
             of_piece = weighed.coef[a - start : b - start]
             for i, j in _live_ranges(of_piece):
-                self._backward(a, i, j, part, of_piece)
+                self._backward(a + i, operand[i:j], i, part[i:j], of_piece[i:j])
 
-    def _project(self, a: int, b: int) -> RowStats:
-        operand = self.hidden.index_select(0, self.rows.index[a:b])
+    def _project(self, a: int, b: int) -> tuple[Tensor, RowStats]:
+        operand = as_operand(self.hidden.index_select(0, self.rows.index[a:b]), self.head)
         targets, buffer = self.rows.targets[a:b], self.buffer[: b - a]
-        return self.backend.group_forward(operand, targets, self.head, buffer, self.stats)
+        part = self.backend.group_forward(operand, targets, self.head, buffer, self.stats)
+        return operand, part
 
-    def _backward(self, start: int, i: int, j: int, part: RowStats, coef: Tensor) -> None:
-        index = self.rows.index[start + i : start + j]
-        targets = self.rows.targets[start + i : start + j]
-        operand = self.hidden.index_select(0, index)
-        of_rows = None
-        if self.grads.hidden is not None:
-            of_rows = operand.new_empty(operand.shape, dtype=self.head.accumulate_dtype)
-        grads = Grads(of_rows, self.grads.weight, self.grads.bias)
-        self.backend.group_backward(
-            operand, targets, self.head, self.buffer[i:j], part[i:j], coef[i:j], grads
+    def _backward(self, start: int, operand: Tensor, i: int, part: RowStats, coef: Tensor) -> None:
+        targets = self.rows.targets[start : start + len(coef)]
+        buffer = self.buffer[i : i + len(coef)]
+        gradient, factor = self.backend.group_gradients(
+            operand, targets, self.head, buffer, part, coef
         )
-        if self.grads.hidden is not None and of_rows is not None:
-            self.grads.hidden.index_copy_(0, index, of_rows)
+        self.gradients.add(start, _Live(gradient, operand, factor * coef), factor)
 
 
 def _joined(parts: list[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
@@ -177,10 +236,3 @@ def _live_ranges(coef: Tensor) -> list[tuple[int, int]]:
     if len(edges) // 2 > 1 + len(coef) // 64:  # scattered zeros: many small products cost more
         return [(0, len(coef))]
     return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """`grad · upstream` in `dtype`; grad is consumed."""
-    if upstream.device.type != "cpu" or upstream.item() != 1:
-        grad.mul_(upstream)
-    return grad.to(dtype)

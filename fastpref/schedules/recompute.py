@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastpref.backends import Backend, Grads, Head
+from fastpref.backends.gradients import rounded_in_place
 from fastpref.schedules.autograd import ROWS_AT_ONCE
 
 
@@ -46,7 +47,7 @@ def _live_rows(coef: Tensor, of_entropy: Tensor | None) -> Tensor | None:
 def _at_rows(grad_rows: Tensor, index: Tensor | None, hidden: Tensor) -> Tensor:
     """Rows of the gradient in hidden's layout and dtype."""
     if index is None:
-        return grad_rows.to(hidden.dtype)
+        return rounded_in_place(grad_rows, hidden.dtype)
     whole = torch.zeros_like(hidden)
     for some, rows in zip(index.split(ROWS_AT_ONCE), grad_rows.split(ROWS_AT_ONCE), strict=True):
         whole.index_copy_(0, some, rows.to(hidden.dtype))

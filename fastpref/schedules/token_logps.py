@@ -15,7 +15,7 @@ from torch import Tensor
 from fastpref.backends import Backend, Head
 from fastpref.planner import Plan
 from fastpref.schedules.autograd import first_order, keeps_graph, no_autocast
-from fastpref.schedules.frozen_head import KeptRows
+from fastpref.schedules.frozen_head import rows_of_gradient
 from fastpref.schedules.recompute import recomputed_gradients
 
 
@@ -39,8 +39,7 @@ class TokenLogps(torch.autograd.Function):
         with no_autocast(hidden):
             kept = None
             if plan.schedule == "frozen_head":
-                kept = KeptRows(hidden, index, len(targets), head)
-                found = kept.fill(hidden, targets, head, plan, backend, stats)
+                found, kept = rows_of_gradient(hidden, index, targets, head, plan, backend, stats)
             else:
                 found = backend.forward(hidden, index, targets, head, plan.tile, stats)
         entropy = found.extra.get("entropy")
@@ -64,7 +63,7 @@ class TokenLogps(torch.autograd.Function):
         if not keeps:  # autograd lets go of saved tensors only
             ctx.kept = None
         if kept is not None and of_entropy is None:
-            return kept.times(coef, keeps), *[None] * 8
+            return kept.times(coef, keeps=keeps), *[None] * 8
         with no_autocast(hidden):
             found = recomputed_gradients(
                 hidden,

@@ -1,0 +1,283 @@
+"""From the gradient of logits to those of hidden states and head, by the large products.
+
+The gradient of logits comes as `gradient (n, V)` and one `factor` a row: ∂ℓ_t/∂(W h + b) is
+factor_t · gradient_t. Coefficients are never multiplied into the larger operand: half precision
+takes gradients of log-probabilities alone, times `SCALE`, whose range is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from fastpref.backends import Elementwise, Grads, Head, RowStats, Total
+from fastpref.backends.products import (
+    add_product,
+    as_operand,
+    gradient_dtype,
+    product_dtype,
+    product_into,
+    weight_slices,
+)
+
+# Of float16 gradients of log-probabilities, of which none is larger than 1.
+SCALE = 2.0**15
+# An entropy's gradient is at most this times its coefficient: p (|log p| + H) < 1 + log V.
+_ENTROPY_SPAN = 32
+# Bytes of the head fitted at a time, and its rows gathered at a time.
+_FITTED_BYTES = 64 * 2**20
+_TARGET_ROWS = 256
+# Rows rounded at a time where there is no room for both.
+_ROUNDED_ROWS = 1024
+
+
+def new_total(parameter: Tensor, head: Head, *, groups: int) -> Total:
+    """Room for a gradient: of one group in its own dtype, of several as wide as a sum needs."""
+    if groups == 1:
+        return Total(torch.empty_like(parameter))
+    if parameter.dtype == torch.bfloat16 and gradient_dtype(head) == torch.float16:
+        return Total(torch.empty_like(parameter), torch.empty_like(parameter, dtype=torch.int8))
+    return Total(torch.empty_like(parameter, dtype=head.accumulate_dtype))
+
+
+def largest(x: Tensor) -> Tensor:
+    """max |x| `()`, on its device."""
+    if not x.numel():
+        return x.new_ones(())
+    return torch.linalg.vector_norm(x, torch.inf)
+
+
+def fitted_rows(
+    by: Elementwise,
+    operand: Tensor,  # (n, H)
+    factor: Tensor,  # (n,)
+    bound: Tensor | None = None,  # () of operand, where it is known
+    factor_bound: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`factor · h` as an operand, and what its products are to be multiplied by, None for 1."""
+    if operand.dtype.itemsize > 2:
+        return operand * factor.to(operand.dtype)[:, None], None
+    bound = largest(operand) if bound is None else bound
+    factor_bound = largest(factor) if factor_bound is None else factor_bound
+    return by.fitted(operand, bound, None, factor, factor_bound)
+
+
+class _HeadOperand:
+    """The head as an operand of gradients' products, slice by slice, all fitted by one power."""
+
+    def __init__(self, by: Elementwise, head: Head) -> None:
+        self.by, self.whole = by, head.weight
+        self.fits = gradient_dtype(head) != product_dtype(head)  # float16 is taken as it is
+        self.bound: Tensor | None = None
+        self.inverse: Tensor | None = None  # what products are multiplied by, None for 1
+
+    def of(self, weight: Tensor) -> Tensor:
+        """A slice, in the dtype of the gradients' products."""
+        if not self.fits:
+            return weight
+        if self.bound is None:
+            self.bound = largest(self.whole)
+        found, self.inverse = self.by.fitted(weight, self.bound)
+        return found
+
+
+def hidden_gradient(
+    by: Elementwise,
+    gradient: Tensor,  # (n, V)
+    factor: Tensor,  # (n,)
+    head: Head,
+) -> Tensor:
+    """∂ℓ_t/∂h_t of every row `(n, H)`, in accumulate_dtype."""
+    hidden_size = head.weight.shape[1]
+    operand = _HeadOperand(by, head)
+    columns = max(1, _FITTED_BYTES // (2 * hidden_size)) if operand.fits else None
+    total = Total(gradient.new_empty(len(gradient), hidden_size, dtype=head.accumulate_dtype))
+    for first, last, weight in weight_slices(head, columns):
+        _add(total, gradient[:, first:last], operand.of(weight))
+    inverse = operand.inverse
+    return total.high.mul_((factor if inverse is None else factor * inverse)[:, None])
+
+
+def add_weight_gradient(
+    by: Elementwise,
+    total: Total,  # (V, H), or (V, 1) for the bias
+    gradient: Tensor,  # (n, V)
+    rows: Tensor,  # (n, H)
+    inverse: Tensor | None,  # () of rows
+) -> None:
+    """`total (+)= inverse · gradientᵀ @ rows`, slice after slice of the head if it is converted."""
+    if total.high.dtype == gradient.dtype and total.low is None and inverse is None:
+        _add(total, gradient.T, rows)
+        return
+    wide = torch.promote_types(torch.float32, gradient.dtype)
+    step = max(1, _FITTED_BYTES // (wide.itemsize * rows.shape[1]))
+    for first in range(0, len(total.high), step):
+        part = slice(first, first + step)
+        high, low = total.high[part], None if total.low is None else total.low[part]
+        product = rows.new_empty(high.shape, dtype=wide)
+        product_into(gradient[:, part].T, rows, out=product)
+        by.accumulate_(high, low, product, inverse, total.written)
+    total.written = True
+
+
+def _add(total: Total, left: Tensor, right: Tensor) -> None:
+    """`total (+)= left @ right`, where `high` alone is wide enough to sum in."""
+    if total.written:
+        add_product(total.high, left, right)
+    else:
+        product_into(left, right, out=total.high)
+    total.written = True
+
+
+def sliced_gradients(
+    by: Elementwise,
+    hidden: Tensor,  # (n, H)
+    head: Head,
+    coef: Tensor,  # (n,)
+    entropy: tuple[Tensor, Tensor] | None,  # entropies (n,) and their coefficients (n,)
+    tile: tuple[int, int],
+    wants: tuple[bool, bool, bool],  # hidden, weight, bias
+    gradient_of: Callable[..., Tensor],
+) -> Grads:
+    """Gradients from logits computed once more, vocabulary slice after vocabulary slice.
+
+    `gradient_of(operand, weight, block, first, buffer, coef, entropy)` computes the logits of the
+    rows `block` in `buffer` and returns their gradient, in the dtype of the gradients' products. A
+    slice's ∂W is one sum over all rows, accumulated wide and written once.
+    """
+    rows, columns = tile
+    wide, operand = head.accumulate_dtype, as_operand(hidden, head)
+    coef, entropy, factor = _normalised(head, coef, entropy)
+    grads = Grads(
+        operand.new_zeros(operand.shape, dtype=wide) if wants[0] else None,
+        torch.empty_like(head.weight) if wants[1] else None,
+        torch.empty_like(head.bias) if wants[2] and head.bias is not None else None,
+    )
+    of_head = []  # slots of the gradient, and what the gradient of logits is multiplied with
+    if grads.weight is not None:
+        of_head.append((grads.weight, _RowOperand(by, operand, factor)))
+    if grads.bias is not None:
+        ones = operand.new_ones(len(operand), 1)
+        of_head.append((grads.bias[:, None], _RowOperand(by, ones, factor)))
+    buffer = hidden.new_empty(min(rows, len(hidden)), columns, dtype=wide)
+    of_hidden = _HeadOperand(by, head)
+    for first, last, weight in weight_slices(head, columns):
+        of_gradients = of_hidden.of(weight) if grads.hidden is not None else weight
+        sums = [Total(_in_dtype(slot[first:last], wide)) for slot, _ in of_head]
+        for start in range(0, len(hidden), rows):
+            block = slice(start, start + rows)
+            held = buffer[: len(operand[block]), : last - first]
+            gradient = gradient_of(operand[block], weight, block, first, held, coef, entropy)
+            for total, (_, of_rows) in zip(sums, of_head, strict=True):
+                _add(total, gradient.T, of_rows.block(block))
+            if grads.hidden is not None:
+                add_product(grads.hidden[block], gradient, of_gradients)
+        for total, (slot, of_rows) in zip(sums, of_head, strict=True):
+            total.finish()
+            if of_rows.inverse is not None:
+                torch.mul(total.high, of_rows.inverse, out=slot[first:last])
+            elif total.high.dtype != slot.dtype:
+                slot[first:last] = total.high
+    if grads.hidden is not None and factor is not None:
+        inverse = of_hidden.inverse
+        grads.hidden.mul_((factor if inverse is None else factor * inverse)[:, None])
+    return grads
+
+
+class _RowOperand:
+    """`factor · h`, block after block of rows, all fitted by the same power."""
+
+    def __init__(self, by: Elementwise, rows: Tensor, factor: Tensor | None) -> None:
+        self.by, self.rows, self.factor = by, rows, factor
+        self.inverse: Tensor | None = None
+        if factor is not None:
+            self.bounds = largest(rows), largest(factor)
+
+    def block(self, block: slice) -> Tensor:
+        if self.factor is None:
+            return self.rows[block]
+        found, self.inverse = self.by.fitted(
+            self.rows[block], self.bounds[0], None, self.factor[block], self.bounds[1]
+        )
+        return found
+
+
+def _in_dtype(slot: Tensor, dtype: torch.dtype) -> Tensor:
+    """Itself, or room for it."""
+    return slot if slot.dtype == dtype else slot.new_empty(slot.shape, dtype=dtype)
+
+
+def _normalised(
+    head: Head, coef: Tensor, entropy: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
+    """Coefficients under which a gradient of logits fits float16, and what each row lacks then.
+
+    The gradient is at most `SCALE`. Wide products take the coefficients as they are.
+    """
+    if gradient_dtype(head).itemsize > 2:
+        return coef, entropy, None
+    size = coef.abs()
+    if entropy is not None:
+        size = size + _ENTROPY_SPAN * entropy[1].abs()
+    size = torch.where(size == 0, 1, size)
+    lift = SCALE * head.temperature / abs(head.logit_scale)
+    if entropy is not None:
+        entropy = entropy[0], entropy[1] / size * lift
+    return coef / size * lift, entropy, size / lift
+
+
+def rounded_in_place(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dense `(n, H)` in a narrower dtype, in the front of its own memory: none is added."""
+    if wide.dtype == dtype:
+        return wide
+    narrow = wide.view(dtype).flatten()[: wide.numel()].view(wide.shape)
+    for start in range(0, len(wide), _ROUNDED_ROWS):  # written no further than has been read
+        part = slice(start, start + _ROUNDED_ROWS)
+        narrow[part] = wide[part].to(dtype)
+    return narrow
+
+
+def add_target_rows(
+    grad: Tensor,  # (n, H) −Σ over the other columns of p ∂z/∂h, in and out
+    operand: Tensor,  # (n, H)
+    rows: RowStats,
+    targets: Tensor,  # (n,)
+    head: Head,
+) -> None:
+    """Completes ∂ℓ/∂h by the target's part, (1 − p) ∂z/∂h, of which nothing is rounded."""
+    share = -torch.expm1(rows.logps) * (head.logit_scale / head.temperature)
+    slopes = target_slopes(operand, targets, head)
+    if slopes is not None:
+        share = share * slopes
+    for part, of_targets in _target_rows(targets, head, grad.dtype):
+        grad[part].addcmul_(of_targets, share[part, None])
+
+
+def target_slopes(operand: Tensor, targets: Tensor, head: Head) -> Tensor | None:
+    """1 − tanh² of the targets' logits `(n,)`, None without a softcap.
+
+    From the products: a small cap drowns in the log-sum-exp.
+    """
+    if head.softcap is None:
+        return None
+    z = target_products(operand, targets, head)
+    return torch.cosh(z * (head.logit_scale / head.softcap)).square().reciprocal()
+
+
+def target_products(operand: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """W h + b of each row's target `(n,)`."""
+    z = operand.new_empty(targets.shape, dtype=head.accumulate_dtype)
+    for part, of_targets in _target_rows(targets, head, z.dtype):
+        torch.linalg.vecdot(of_targets, operand[part].to(z.dtype), out=z[part])
+    if head.bias is not None:
+        z += head.bias[targets].to(z.dtype)
+    return z
+
+
+def _target_rows(targets: Tensor, head: Head, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The head's rows of the targets, some at a time, rounded as operands are."""
+    for start in range(0, len(targets), _TARGET_ROWS):
+        part = slice(start, start + _TARGET_ROWS)
+        yield part, head.weight[targets[part]].to(head.compute_dtype).to(dtype)

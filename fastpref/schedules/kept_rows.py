@@ -1,0 +1,62 @@
+"""Rows of ∂ℓ_t/∂h_t, kept from the forward until their coefficients are known."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastpref.backends import Elementwise, Head
+from fastpref.schedules.autograd import ROWS_AT_ONCE
+
+
+class KeptRows:
+    """∂ℓ_t/∂h_t of every row, which depends on no coefficient.
+
+    It is kept where the gradient of hidden will be, so that nothing is copied when it becomes that.
+    Narrower than the accumulators it would be rounded twice: of bfloat16 an int8 remainder is kept
+    beside it; of others the rows are kept wide, for a loss scale may lift what underflows.
+    """
+
+    def __init__(
+        self, hidden: Tensor, index: Tensor | None, rows: int, head: Head, by: Elementwise
+    ) -> None:
+        self.by, self.dtype, self.positions = by, hidden.dtype, len(hidden)
+        self.index = torch.arange(rows, device=hidden.device) if index is None else index
+        # Laid out at the end only.
+        self.compact = hidden.dtype not in (torch.bfloat16, head.accumulate_dtype)
+        self.low: Tensor | None = None
+        if self.compact:
+            shape = rows, hidden.shape[1]
+            self.high = hidden.new_zeros(shape, dtype=head.accumulate_dtype)
+        else:
+            self.high = torch.zeros_like(hidden, memory_format=torch.contiguous_format)  # (M, H)
+            if hidden.dtype == torch.bfloat16:
+                self.low = hidden.new_zeros(rows, hidden.shape[1], dtype=torch.int8)  # (n, H)
+
+    def put(self, first: int, grad: Tensor) -> None:
+        """Keeps the rows `grad (m, H)` from row `first` on."""
+        last = first + len(grad)
+        if self.compact:
+            self.high[first:last] = grad
+            return
+        low = None if self.low is None else self.low[first:last]
+        self.by.keep_(grad, self.high, low, self.index[first:last])
+
+    def times(self, coef: Tensor, *, keeps: bool = False) -> Tensor:
+        """`coef · ∂ℓ/∂h` in hidden's layout and dtype; in place unless it is to be kept."""
+        if self.compact:
+            return self._laid_out(coef)
+        high = self.high.clone() if keeps else self.high
+        for start in range(0, len(coef), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            low = None if self.low is None else self.low[part]
+            self.by.take_(high, low, self.index[part], coef[part])
+        return high
+
+    def _laid_out(self, coef: Tensor) -> Tensor:
+        whole = self.high.new_zeros((self.positions, self.high.shape[1]), dtype=self.dtype)
+        for start in range(0, len(coef), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            rows = self.high[part] * coef[part, None]
+            whole.index_copy_(0, self.index[part], rows.to(self.dtype))
+        return whole
