@@ -17,7 +17,7 @@ GIB = 2**30
 # The rest is for what a step still allocates: activations, gradients, the optimiser's state.
 SHARE = 8
 LEAST = GIB // 4
-_ASSUMED_FREE = 8 * GIB  # of a device that does not say
+_ASSUMED_GIB = 8  # free on a device that does not say
 _spare: dict[torch.device, int] = {}
 
 
@@ -25,9 +25,9 @@ def spare_bytes(device: torch.device) -> int | None:
     """What logits may take of an accelerator's memory; None of a CPU's, and of "meta".
 
     Decided at the first call in a process and for a device, from what is free then, and logged.
-    With `torch.distributed` initialised the smallest of all ranks holds, by one all-reduce of the
+    Of several ranks in `torch.distributed` the smallest share holds, by one all-reduce of the
     default group: a rank that is alone in asking waits for the others. The host's view of the
-    memory is read; no step but the first waits for the device.
+    memory is read, and nothing waits for the device but that all-reduce.
 
     Raises:
         RuntimeError: it is not decided yet, and a CUDA graph is being captured.
@@ -41,9 +41,9 @@ def spare_bytes(device: torch.device) -> int | None:
                 "the default logits_budget is not known yet, and memory cannot be looked at while "
                 "a CUDA graph is captured; run one step before, or pass logits_budget"
             )
-        free, ranks = _free_bytes(module, device), 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            free, ranks = _least_of_ranks(free, device)
+        free, ranks = _free_bytes(module, device), _ranks()
+        if ranks > 1:
+            free = _least_of_ranks(free, device)
         _spare[device] = share_of(free)
         logger.info(
             "%s: %.2f GiB are free%s; logits may take %.2f GiB of them (1/%d, at least %.2f GiB)",
@@ -72,13 +72,20 @@ def _free_bytes(module: Any, device: torch.device) -> int:
     try:
         free = module.mem_get_info(device)[0]
     except (AttributeError, RuntimeError):  # of some the driver cannot be asked
-        return _ASSUMED_FREE
+        logger.info("%s does not say what is free: %d GiB, for want of it", device, _ASSUMED_GIB)
+        return _ASSUMED_GIB * GIB
     return free + module.memory_reserved(device) - module.memory_allocated(device)
 
 
-def _least_of_ranks(free: int, device: torch.device) -> tuple[int, int]:
-    """The smallest of all ranks, and how many they are."""
+def _ranks() -> int:
+    distributed = torch.distributed
+    initialised = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if initialised else 1
+
+
+def _least_of_ranks(free: int, device: torch.device) -> int:
+    """The smallest of all ranks."""
     on_host = torch.distributed.get_backend() == "gloo"
     least = torch.tensor(free, device="cpu" if on_host else device)
     torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
-    return int(least), torch.distributed.get_world_size()
+    return int(least)

@@ -75,14 +75,16 @@ def test_decided_once_for_a_device(gpu, caplog):
 
 
 @pytest.mark.parametrize("module", [types.SimpleNamespace(), FakeGpu(0)], ids=["none", "refuses"])
-def test_a_device_that_does_not_say(module, gpu, monkeypatch):
+def test_a_device_that_does_not_say(module, gpu, monkeypatch, caplog):
     def refuses(device):
         raise RuntimeError("this device doesn't support querying the available free memory")
 
     if isinstance(module, FakeGpu):
         module.mem_get_info = refuses
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
-    assert spare_bytes(GPU) == GIB
+    with caplog.at_level(logging.INFO, logger="fastpref.memory"):
+        assert spare_bytes(GPU) == GIB
+    assert "cuda:0 does not say what is free: 8 GiB, for want of it" in caplog.text
 
 
 def test_nothing_is_decided_while_a_graph_is_captured(gpu):
@@ -225,6 +227,13 @@ def test_the_ranks_number_is_where_their_backend_reduces(backend, where, gpu, mo
         assert spare_bytes(GPU) == 3 * GIB
     assert devices == [where]
     assert "24.00 GiB are free on the fullest of 4 ranks" in caplog.text
+
+
+def test_a_rank_without_others_asks_nobody(gpu, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: pytest.fail("asked"))
+    assert spare_bytes(GPU) == 5 * GIB
 
 
 # --- fastpref plan ------------------------------------------------------------------------------
