@@ -86,7 +86,14 @@ def preference_loss(
         backend: "auto", "torch", "triton" or "reference"; one that cannot run is an error.
         schedule: "auto", "frozen_head" (2 U), "pair_groups" (3 U) or "recompute" (4 U), where U is
             one matrix product of all scored tokens; see `planner`. Without gradients 1 U.
-        logits_budget: bytes of logits to hold at once; default 128 MiB on a CPU, else 1 GiB.
+        logits_budget: bytes of logits to hold at once. Default: 128 MiB on a CPU; elsewhere what
+            the batch needs (all scored rows, at most 2,048 or those of its largest prompt) within
+            1/8 of the memory that is free, or 256 MiB if that is less. That is looked at once a
+            process, at the first step that could take "pair_groups", and with `torch.distributed`
+            initialised the smallest of all ranks holds: each must come to such a step, since one
+            alone waits for the others. Give a number where some ranks have no loss (pipelines), in
+            a CUDA graph with no step before it, and to repeat a run bit by bit on a device that
+            others use too.
         stats: any of "entropy", "mean_logits", "is_top1", to be averaged into `metrics`.
 
     A response with no scored token has log-probability 0 and length 0; its prompt adds loss 0 and

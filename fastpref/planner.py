@@ -12,6 +12,7 @@ advance what a batch would need. U is one matrix product, 2·N·H·V FLOP for N 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +21,9 @@ import torch
 SCHEDULES = ("auto", "frozen_head", "pair_groups", "recompute")
 
 MIB = 2**20
-# Enough rows for the products to run at full speed, small beside a model's gradients.
-DEFAULT_BUDGET = {"cpu": 128 * MIB}
-DEFAULT_ACCELERATOR_BUDGET = 1024 * MIB
+# By default: small beside a model's gradients, and as many rows as let products run at full speed.
+_CPU_BUDGET = 128 * MIB
+_ENOUGH_ROWS = 2048
 # Tiles are folded or consumed at once, so they need no more than keeps the products efficient.
 _TILE_SHARE = 8
 _MOST_TILE_BYTES = 64 * MIB
@@ -134,6 +135,7 @@ def make_plan(
     *,
     schedule: str = "auto",
     budget: int | None = None,
+    spare: Callable[[], int | None] | None = None,
     pairs: bool = False,
     couples_pairs: bool = False,
     learns: bool = False,
@@ -144,7 +146,9 @@ def make_plan(
     Args:
         problem: the shapes.
         schedule: one of `SCHEDULES`.
-        budget: bytes of logits to hold at once; None for 128 MiB on a CPU and 1 GiB elsewhere.
+        budget: bytes of logits to hold at once; None for `default_budget`.
+        spare: bytes of the device's memory that a default budget may take, asked only where pair
+            groups are possible, which alone grow with it; None for as much as the batch needs.
         pairs: the rows are responses under an objective (False: token log-probabilities).
         couples_pairs: the objective looks across pairs.
         learns: the objective has parameters of its own.
@@ -155,21 +159,26 @@ def make_plan(
             that does not hold one row of logits.
     """
     check_schedule(schedule)
-    if budget is None:
-        budget = DEFAULT_BUDGET.get(problem.device, DEFAULT_ACCELERATOR_BUDGET)
+    obstacle = _pair_groups_obstacle(pairs, couples_pairs, learns, reduces)
+    if budget is not None:
+        tile_budget = budget
+    else:
+        may_take = spare() if spare and _may_group(problem, schedule, obstacle) else None
+        budget = default_budget(problem, may_take)
+        # Any accelerator has room for whole tiles, whatever the batch needs.
+        tile_budget = budget if problem.device == "cpu" else _TILE_SHARE * _MOST_TILE_BYTES
     if budget < problem.row_bytes:
         raise ValueError(
             f"logits_budget={budget} bytes does not hold one row of logits: "
             f"{problem.vocabulary} × {problem.element_bytes} = {problem.row_bytes} bytes"
         )
     group_rows = budget // problem.row_bytes
-    obstacle = _pair_groups_obstacle(pairs, couples_pairs, learns, reduces)
     chosen, reason = _choose(problem, schedule, group_rows, obstacle)
     groups: tuple[tuple[int, int], ...] = ()
     held = 0
-    tile = _tile(problem, budget, problem.rows)
+    tile = _tile(problem, tile_budget, problem.rows)
     if chosen == "frozen_head":
-        tile = _tile(problem, budget, _FROZEN_ROWS)
+        tile = _tile(problem, tile_budget, _FROZEN_ROWS)
         groups = even_ranges(problem.rows, tile[0])
     elif chosen == "pair_groups":
         of_prompts = problem.prompt_rows
@@ -191,6 +200,19 @@ def make_plan(
         extra_bytes=_extra_bytes(problem, chosen, held, tile),
         naive_bytes=naive_bytes(problem),
     )
+
+
+def default_budget(problem: Problem, spare: int | None = None) -> int:
+    """Bytes of logits to hold at once where nobody says.
+
+    128 MiB on a CPU. Elsewhere what the batch needs, all of its rows or those of its largest
+    prompt, if that has more than 2,048; at most `spare`, None for no such bound.
+    """
+    if problem.device == "cpu":
+        return _CPU_BUDGET
+    rows = min(problem.rows, max(_ENOUGH_ROWS, *problem.prompt_rows))
+    needed = max(1, rows) * problem.row_bytes
+    return needed if spare is None else min(needed, spare)
 
 
 def check_schedule(schedule: str) -> None:
@@ -219,6 +241,13 @@ def _choose(problem: Problem, schedule: str, group_rows: int, obstacle: str) -> 
     if min(problem.prompt_rows) > group_rows:
         return "recompute", f"no pair fits the budget of {group_rows} rows of logits"
     return "pair_groups", "the head trains and pairs are independent"
+
+
+def _may_group(problem: Problem, schedule: str, obstacle: str) -> bool:
+    """The budget decides something: "auto" takes pair groups if they fit, or they are asked for."""
+    if schedule == "pair_groups":
+        return not obstacle and (problem.hidden_grad or problem.head_grad)
+    return schedule == "auto" and not obstacle and problem.head_grad
 
 
 def _pair_groups_obstacle(pairs: bool, couples_pairs: bool, learns: bool, reduces: bool) -> str:

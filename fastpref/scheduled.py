@@ -5,6 +5,7 @@ Arguments are those of `fastpref.loss`, checked there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Unpack
@@ -20,6 +21,7 @@ from fastpref.backends import (
     accumulate_dtype,
     compute_dtype,
 )
+from fastpref.memory import spare_bytes
 from fastpref.objectives import Objective, mean_or_zero, own_parameters, step_metrics
 from fastpref.output import PreferenceOutput
 from fastpref.planner import Problem, make_plan
@@ -67,6 +69,7 @@ class Scheduled:
             _problem(flat, head, rows.counts, responses),
             schedule=self.schedule,
             budget=self.logits_budget,
+            spare=functools.partial(spare_bytes, hidden.device),
             pairs=True,
             couples_pairs=objective.couples_pairs,
             learns=bool(own_parameters(objective)),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastpref import Problem, make_plan
-from fastpref.planner import MIB, even_ranges
+from fastpref.planner import MIB, default_budget, even_ranges
 
 PROBLEM = Problem(
     counts=(256,) * 16,
@@ -103,7 +103,56 @@ def test_memory_grows_with_inputs_and_gradients_only():
         assert large.naive_bytes > 3 * small.naive_bytes
 
 
-def test_the_default_budget():
-    assert make_plan(PROBLEM, pairs=True).logits_bytes <= 128 * MIB
-    on_gpu = make_plan(changed(device="cuda"), pairs=True)
-    assert 128 * MIB < on_gpu.logits_bytes <= 1024 * MIB
+ON_GPU = changed(device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("counts", "spare", "rows"),
+    [
+        ((256,) * 16, None, 2048),  # as many as keep products fast
+        ((64,) * 4, None, 256),  # all there are
+        ((256,) * 14 + (1500, 1000), None, 2500),  # the largest prompt stays whole
+        ((256,) * 16, 700, 700),  # all that may be taken
+        ((64,) * 4, 700, 256),
+        ((0,) * 4, None, 1),
+    ],
+)
+def test_the_default_budget(counts, spare, rows):
+    problem = changed(device="cuda", counts=counts)
+    spare = spare and spare * problem.row_bytes
+    budget = rows * problem.row_bytes
+    assert default_budget(problem, spare) == budget
+    plan = make_plan(problem, pairs=True, schedule="pair_groups", spare=lambda: spare)
+    given = make_plan(problem, pairs=True, schedule="pair_groups", budget=budget)
+    assert (plan.groups, plan.logits_bytes) == (given.groups, given.logits_bytes)
+
+
+def test_the_default_budget_of_a_cpu():
+    assert default_budget(PROBLEM) == default_budget(PROBLEM, 10**12) == 128 * MIB
+    by_default = make_plan(PROBLEM, pairs=True, spare=lambda: 10**12)
+    assert by_default == make_plan(PROBLEM, pairs=True, budget=128 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("problem", "how", "asks"),
+    [
+        (ON_GPU, {}, True),
+        (changed(device="cuda", hidden_grad=False), {}, True),
+        (changed(device="cuda", head_grad=False), {"schedule": "pair_groups"}, True),
+        (ON_GPU, {"budget": 10**9}, False),
+        (ON_GPU, {"schedule": "recompute"}, False),
+        (ON_GPU, {"couples_pairs": True}, False),
+        (ON_GPU, {"learns": True}, False),
+        (ON_GPU, {"reduces": False}, False),
+        (ON_GPU, {"pairs": False}, False),
+        (changed(device="cuda", head_grad=False), {}, False),
+        (changed(device="cuda", head_grad=False, hidden_grad=False), {}, False),
+    ],
+)
+def test_memory_is_asked_for_only_where_it_decides(problem, how, asks):
+    asked = []
+    plan = make_plan(problem, **{"pairs": True, "spare": lambda: asked.append(1)} | how)
+    assert bool(asked) == asks
+    if not asks:  # and what is not asked for does not shrink the tiles
+        large = make_plan(problem, **{"pairs": True, "budget": 1024 * MIB} | how)
+        assert plan.tile == large.tile

@@ -19,15 +19,17 @@ from fastpref.commands.plan import (
     GPUS,
     MOST_PAIRS,
     MOST_TOKENS,
+    budget_and_why,
     estimates,
     head_shape,
     largest_batch,
+    planned,
     problem_for,
 )
 from fastpref.commands.tables import new_table, show
 from fastpref.commands.verify import SHAPES, Result, objectives_to_verify, verify
 from fastpref.objectives import hyperparameters, objective_names
-from fastpref.planner import SCHEDULES, make_plan
+from fastpref.planner import SCHEDULES
 
 app = typer.Typer(
     help="Preference tuning without logits: train a model, verify the numbers on this machine.",
@@ -386,12 +388,16 @@ def plan_command(
     free: Annotated[
         float | None, typer.Option(help="Free memory in GB; default all of the GPU's.")
     ] = None,
-    budget: Annotated[int | None, typer.Option(help="logits_budget in MiB.")] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(help="logits_budget in MiB; default as in a run that finds --free."),
+    ] = None,
 ) -> None:
     """Predict FLOP, bytes and a time floor of every schedule, and of naive, TRL and Liger.
 
     Nothing is run and no weight is read. The floor is what the GPU's matrix rate and bandwidth
-    allow; the largest batch is the most pairs whose hidden states and loss fit the free memory.
+    allow; the largest batch is the most pairs whose hidden states and loss fit the free memory,
+    of which a run takes at most an eighth for logits.
     """
     from fastpref.commands.train import check_model
 
@@ -419,7 +425,7 @@ def plan_command(
         *("", "products", "TFLOP", "peak GB", "floor ms", f"pairs in {room / 1e9:.3g} GB"),
     )
     try:
-        for each in estimates(problem, bytes_):
+        for each in estimates(problem, bytes_, room):
             table.add_row(
                 f"{each.name} (auto)" if each.automatic else each.name,
                 f"{each.products:g} U",
@@ -429,10 +435,12 @@ def plan_command(
                 _at_least(largest_batch(each.name, problem, room, bytes_), length),
                 style="bold" if each.automatic else None,
             )
-        reason = make_plan(problem, pairs=True, budget=bytes_).reason
+        reason = planned(problem, bytes_, room).reason
     except ValueError as error:
         _fail(str(error))
     show(console, table)
+    if not lora:
+        console.print(f"pair groups: {budget_and_why(problem, bytes_, room)}.")
     console.print(f"auto: {reason}. Predictions, not measurements; peak beyond inputs and weights.")
 
 

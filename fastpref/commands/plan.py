@@ -8,11 +8,20 @@ implementation is faster, and real ones are slower.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import torch
 
-from fastpref.planner import Problem, make_plan, naive_bytes, workspace_bytes
+from fastpref.memory import SHARE, share_of
+from fastpref.planner import (
+    Plan,
+    Problem,
+    default_budget,
+    make_plan,
+    naive_bytes,
+    workspace_bytes,
+)
 
 TRL_ROWS, TRL_COLUMNS = 4096, 32768
 # Of one batch: beyond them lies no GPU, and a plan goes through its pairs one by one.
@@ -95,13 +104,23 @@ def problem_for(
     )
 
 
-def estimates(problem: Problem, budget: int | None = None) -> list[Estimate]:
-    """Every schedule that gives the gradients, then naive, TRL and Liger."""
-    automatic = make_plan(problem, pairs=True, budget=budget).schedule
+def planned(
+    problem: Problem, budget: int | None = None, free: int | None = None, schedule: str = "auto"
+) -> Plan:
+    """Of pairs; a budget that is not given has its share of `free` bytes, None for no bound."""
+    spare = None if free is None else functools.partial(share_of, free)
+    return make_plan(problem, schedule=schedule, budget=budget, spare=spare, pairs=True)
+
+
+def estimates(
+    problem: Problem, budget: int | None = None, free: int | None = None
+) -> list[Estimate]:
+    """Every schedule that gives the gradients, then naive, TRL and Liger; see `planned`."""
+    automatic = planned(problem, budget, free).schedule
     schedules = ["pair_groups" if problem.head_grad else "frozen_head", "recompute"]
     found = []
     for schedule in schedules:
-        plan = make_plan(problem, pairs=True, budget=budget, schedule=schedule)
+        plan = planned(problem, budget, free, schedule)
         products = plan.flop / _product(problem)
         # Bytes a logit: fp32 written, read for statistics (recompute has them) and for its
         # gradient, that written in 16 bits and read by each product that takes it.
@@ -133,7 +152,7 @@ def largest_batch(name: str, problem: Problem, free: int, budget: int | None = N
         rows = pairs * sum(of_pair)
         many = dataclasses.replace(problem, counts=of_pair * pairs, total_rows=rows)
         hidden = rows * problem.hidden_size * problem.dtype.itemsize
-        peak = next(e.extra_bytes for e in estimates(many, budget) if e.name == name)
+        peak = next(e.extra_bytes for e in estimates(many, budget, free) if e.name == name)
         return hidden + peak <= free
 
     low, high = 0, 1
@@ -144,6 +163,21 @@ def largest_batch(name: str, problem: Problem, free: int, budget: int | None = N
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def budget_and_why(problem: Problem, budget: int | None, free: int) -> str:
+    """The bytes of logits that a group of pairs may hold, and what decided them, as text."""
+    share = share_of(free)
+    found = default_budget(problem, share) if budget is None else budget
+    if budget is not None:
+        why = "as given"
+    elif found < share:
+        why = "what the batch needs"
+    elif share > free // SHARE:
+        why = "the least that is taken"
+    else:
+        why = f"1/{SHARE} of {free / 1e9:.3g} GB"
+    return f"logits_budget {found / 1e9:.2f} GB, {why}"
 
 
 def _product(problem: Problem) -> int:

@@ -93,7 +93,8 @@ class PreferenceConfig(DPOConfig):
             fields choose. Also scales the logged rewards.
         schedule: as in `preference_loss`.
         backend: as in `preference_loss`.
-        logits_budget: bytes of logits to hold at once, as in `preference_loss`.
+        logits_budget: bytes of logits to hold at once, as in `preference_loss`; by default a share
+            of the accelerator's free memory, the same on all ranks, or 128 MiB on a CPU.
 
     `ld_alpha` becomes token weights, of any objective.
 
@@ -117,7 +118,7 @@ class PreferenceConfig(DPOConfig):
     schedule: str = field(default="auto", metadata={"help": f"One of {SCHEDULES}."})
     backend: str = field(default="auto", metadata={"help": f"One of {BACKENDS}."})
     logits_budget: int | None = field(
-        default=None, metadata={"help": "Bytes of logits to hold at once."}
+        default=None, metadata={"help": "Bytes of logits to hold at once; None for a default."}
     )
 
     def __post_init__(self) -> None:
