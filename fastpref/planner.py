@@ -28,6 +28,7 @@ _ENOUGH_ROWS = 2048
 _TILE_SHARE = 8
 _MOST_TILE_BYTES = 64 * MIB
 _TILE_KERNEL_BYTES = 32 * MIB  # of an accelerator's own kernel: values of tiles, rows of a launch
+_FITTED_BYTES = 64 * MIB  # of the head, as an operand of the gradients' products
 _MIN_TILE_COLUMNS = 512
 _MAX_TILE_COLUMNS = 8192
 # The frozen head's rows carry a sum of H along every slice: few enough for it to stay in the cache,
@@ -90,6 +91,8 @@ class Problem:
         head_grad: weight or bias requires a gradient.
         head_dtype: of the head, None for hidden's.
         responses: K, sequences of a prompt, 2 for pairs.
+        kept_dtype: of a group's logits while it waits for its coefficients, None for
+            `accumulate_dtype`.
     """
 
     counts: tuple[int, ...]
@@ -103,6 +106,7 @@ class Problem:
     head_grad: bool
     head_dtype: torch.dtype | None = None
     responses: int = 2
+    kept_dtype: torch.dtype | None = None
 
     @property
     def rows(self) -> int:
@@ -126,8 +130,13 @@ class Problem:
 
     @property
     def row_bytes(self) -> int:
-        """Of a row of logits."""
-        return self.vocabulary * self.element_bytes
+        """Of a row of logits that a group keeps."""
+        return self.vocabulary * (self.kept_dtype or self.accumulate_dtype).itemsize
+
+    @property
+    def keeps_half(self) -> bool:
+        """Groups are exponentials in half precision: products take it, kernels write it."""
+        return self.kept_dtype is not None and self.kept_dtype.itemsize == 2
 
 
 def make_plan(
@@ -170,7 +179,8 @@ def make_plan(
     if budget < problem.row_bytes:
         raise ValueError(
             f"logits_budget={budget} bytes does not hold one row of logits: "
-            f"{problem.vocabulary} × {problem.element_bytes} = {problem.row_bytes} bytes"
+            f"{problem.vocabulary} × {problem.row_bytes // problem.vocabulary} = "
+            f"{problem.row_bytes} bytes"
         )
     group_rows = budget // problem.row_bytes
     chosen, reason = _choose(problem, schedule, group_rows, obstacle)
@@ -180,6 +190,8 @@ def make_plan(
     if chosen == "frozen_head":
         tile = _tile(problem, tile_budget, _FROZEN_ROWS)
         groups = even_ranges(problem.rows, tile[0])
+    elif chosen == "recompute":
+        tile = _tile_of_least_traffic(problem, tile[0] * tile[1])
     elif chosen == "pair_groups":
         of_prompts = problem.prompt_rows
         groups = _prompt_ranges(of_prompts, group_rows)
@@ -291,6 +303,22 @@ def _tile(problem: Problem, budget: int, most_rows: int) -> tuple[int, int]:
     return rows, min(problem.vocabulary, elements // rows, _MAX_TILE_COLUMNS)
 
 
+def _tile_of_least_traffic(problem: Problem, elements: int) -> tuple[int, int]:
+    """Rows × columns of so many elements for which recompute moves the fewest bytes.
+
+    A row passes once for each slice of the head, and a slice once for each block of rows: their
+    operands are read, their sums read and written. `a·rows·V/columns + b·columns·N/rows`, H times,
+    is least where rows / columns = b·N·V / (a·N·V).
+    """
+    wide, narrow = problem.element_bytes, problem.dtype.itemsize
+    of_head = (problem.head_dtype or problem.dtype).itemsize
+    of_row = 2 * narrow + 2 * wide * problem.hidden_grad
+    of_column = 2 * of_head + 2 * wide * problem.head_grad
+    rows = max(1, min(problem.rows, round((elements * of_column / of_row) ** 0.5)))
+    columns = max(1, min(problem.vocabulary, elements // rows))
+    return max(1, min(problem.rows, elements // columns)), columns
+
+
 def _flop(problem: Problem, schedule: str, group_rows: int) -> int:
     product = 2 * problem.rows * problem.hidden_size * problem.vocabulary
     wanted = problem.hidden_grad + problem.head_grad
@@ -306,33 +334,77 @@ def _flop(problem: Problem, schedule: str, group_rows: int) -> int:
 
 def _extra_bytes(problem: Problem, schedule: str, held: int, tile: tuple[int, int]) -> int:
     wide, narrow = problem.element_bytes, problem.dtype.itemsize
-    of_head = (problem.head_dtype or problem.dtype).itemsize
-    converts = wide != narrow
-    rows = problem.rows * problem.hidden_size  # elements of one (N, H)
-    whole = problem.total_rows * problem.hidden_size * problem.hidden_grad
-    head = problem.vocabulary * problem.hidden_size * problem.head_grad
     tile_bytes = tile[0] * tile[1] * wide + workspace_bytes(problem, *tile)
     if problem.device == "cpu":  # whose products convert a slice of the head
-        tile_bytes += tile[1] * problem.hidden_size * wide * converts
+        tile_bytes += tile[1] * problem.hidden_size * wide * (wide != narrow)
     if schedule == "forward":
         if problem.has_tile_kernel:
             return _TILE_KERNEL_BYTES
-        return tile_bytes + rows * narrow
+        return tile_bytes + problem.rows * problem.hidden_size * narrow
     if schedule == "recompute":
-        # Compacted rows, their conversion, their gradient; afterwards that is laid out whole.
-        running = tile_bytes + rows * (narrow + wide * converts * (problem.device == "cpu"))
-        if problem.head_grad:  # of a slice of the head
-            running += tile[1] * problem.hidden_size * wide * converts
-        return max(running, whole * narrow) + rows * wide * problem.hidden_grad + head * of_head
-    if schedule == "frozen_head":  # the gradient of a tile's rows beside that of all
-        of_tile = tile[0] * problem.hidden_size * (wide + narrow + wide * converts)
-        rest = (2 if problem.dtype == torch.bfloat16 else 4) * converts
-        return tile_bytes + of_tile + whole * narrow + rows * rest
-    logits = held * problem.row_bytes + workspace_bytes(problem, held, problem.vocabulary)
-    of_group = 2 * held * problem.hidden_size * wide
-    # Accumulators become the gradients, by way of a second copy where they are converted.
-    converted = max(whole * (wide + narrow), whole * narrow + head * of_head) * converts
-    return max(logits + of_group, converted) + (whole + head) * wide
+        return _recompute_bytes(problem, tile, tile_bytes)
+    if schedule == "frozen_head":
+        return _frozen_bytes(problem, tile, tile_bytes)
+    return _group_bytes(problem, held)
+
+
+def _recompute_bytes(problem: Problem, tile: tuple[int, int], tile_bytes: int) -> int:
+    """Rows and their wide gradient, which becomes narrower where it lies; slices of the head."""
+    wide, narrow = problem.element_bytes, problem.dtype.itemsize
+    rows = problem.rows * problem.hidden_size
+    is_cpu, converts = problem.device == "cpu", wide != narrow
+    running = tile_bytes + rows * (narrow + wide * converts * is_cpu)
+    running += tile[1] * problem.hidden_size * wide * converts * problem.head_grad
+    if problem.keeps_half:  # operands of the gradients' products
+        fitted = tile[1] * problem.hidden_grad + tile[0] * problem.head_grad
+        running += fitted * problem.hidden_size * narrow
+    laid_out = 0
+    if problem.total_rows != problem.rows:
+        laid_out = problem.total_rows * problem.hidden_size * narrow * problem.hidden_grad
+    return max(running, laid_out) + rows * wide * problem.hidden_grad + _head_bytes(problem)
+
+
+def _frozen_bytes(problem: Problem, tile: tuple[int, int], tile_bytes: int) -> int:
+    """Kept rows, and the gradient of a tile's beside them."""
+    wide, narrow = problem.element_bytes, problem.dtype.itemsize
+    of_tile = tile[0] * problem.hidden_size * (wide + narrow + wide * (wide != narrow))
+    kept, laid_out = _kept_bytes(problem)
+    return max(tile_bytes + of_tile, laid_out) + kept
+
+
+def _group_bytes(problem: Problem, held: int) -> int:
+    """A group, kept rows, and the head's gradient: summed over groups, or written in the end."""
+    wide, narrow = problem.element_bytes, problem.dtype.itemsize
+    of_rows = held * problem.hidden_size * (narrow + wide)
+    if problem.keeps_half:
+        of_rows += _FITTED_BYTES * problem.hidden_grad
+    group = held * problem.row_bytes + workspace_bytes(problem, held, problem.vocabulary) + of_rows
+    kept, laid_out = _kept_bytes(problem)
+    head = problem.vocabulary * problem.hidden_size * problem.head_grad
+    if held == problem.rows:
+        return max(group + _head_bytes(problem), laid_out) + kept
+    if problem.keeps_half and (problem.head_dtype or problem.dtype) == torch.bfloat16:
+        return max(group, laid_out) + kept + _head_bytes(problem) + head
+    converted = _head_bytes(problem) * (_head_bytes(problem) != head * wide)
+    return max(group, laid_out, converted) + kept + head * wide
+
+
+def _kept_bytes(problem: Problem) -> tuple[int, int]:
+    """Of kept rows of gradient, and of what is added when they are laid out at last."""
+    wide, narrow = problem.element_bytes, problem.dtype.itemsize
+    rows = problem.rows * problem.hidden_size * problem.hidden_grad
+    whole = problem.total_rows * problem.hidden_size * problem.hidden_grad
+    if wide == narrow:
+        return whole * wide, 0
+    if problem.dtype == torch.bfloat16:  # with an int8 remainder of each number
+        return whole * narrow + rows, 0
+    return rows * wide, whole * narrow
+
+
+def _head_bytes(problem: Problem) -> int:
+    """Of the head's gradient."""
+    of_head = (problem.head_dtype or problem.dtype).itemsize
+    return problem.vocabulary * problem.hidden_size * problem.head_grad * of_head
 
 
 def naive_bytes(problem: Problem) -> int:
@@ -340,7 +412,7 @@ def naive_bytes(problem: Problem) -> int:
 
     First log-softmax, its gradient and the gather's; then the logits' gradient and its products.
     """
-    logits = problem.total_rows * problem.row_bytes
+    logits = problem.total_rows * problem.vocabulary * problem.element_bytes
     elements = problem.total_rows * problem.hidden_grad + problem.vocabulary * problem.head_grad
     grads = elements * problem.hidden_size * problem.dtype.itemsize
     workspace = workspace_bytes(problem, problem.total_rows, problem.vocabulary)

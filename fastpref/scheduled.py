@@ -66,7 +66,7 @@ class Scheduled:
         rows = Rows.of(targets, cu_seqlens, token_weights, hidden.device, responses)
         flat = hidden.flatten(0, -2)
         plan = make_plan(
-            _problem(flat, head, rows.counts, responses),
+            _problem(flat, head, rows.counts, responses, self.backend),
             schedule=self.schedule,
             budget=self.logits_budget,
             spare=functools.partial(spare_bytes, hidden.device),
@@ -164,7 +164,7 @@ class Scheduled:
         index: Tensor | None,  # (n,)
         stats: tuple[str, ...],
     ) -> list[Tensor]:
-        problem = _problem(hidden, head, [len(targets)], 1)
+        problem = _problem(hidden, head, [len(targets)], 1, self.backend)
         plan = make_plan(problem, schedule=self.schedule, budget=self.logits_budget)
         given = hidden, head.weight, head.bias, targets, index
         return [*TokenLogps.apply(*given, head, plan, self.backend, stats)]
@@ -174,7 +174,9 @@ def _head(hidden: Tensor, weight: Tensor, scalars: HeadOptions) -> Head:
     return Head(weight, **scalars, compute_dtype=compute_dtype(hidden, weight))
 
 
-def _problem(flat: Tensor, head: Head, counts: list[int], responses: int) -> Problem:
+def _problem(
+    flat: Tensor, head: Head, counts: list[int], responses: int, backend: Backend
+) -> Problem:
     grad = torch.is_grad_enabled()
     head_tensors = [x for x in (head.weight, head.bias) if x is not None]
     return Problem(
@@ -189,6 +191,7 @@ def _problem(flat: Tensor, head: Head, counts: list[int], responses: int) -> Pro
         head_grad=grad and any(x.requires_grad for x in head_tensors),
         head_dtype=head.weight.dtype,
         responses=responses,
+        kept_dtype=backend.kept_dtype(head),
     )
 
 

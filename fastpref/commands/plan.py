@@ -101,6 +101,7 @@ def problem_for(
         total_rows=2 * pairs * length,
         hidden_grad=True,
         head_grad=not lora,
+        kept_dtype=torch.float16 if device == "cuda" and dtype.itemsize == 2 else None,
     )
 
 

@@ -17,8 +17,13 @@ proportion to u: it measures how the problem amplifies rounding, for whatever co
 ε = u (1 + z) + 2 E of any logit is what one logit may be off: of a single token's log-probability E
 is too small a sample. Logits are computed twice, once for the log-sum-exp and once more for p.
 
-The gradient G of the logits is an operand of products and rounded for them: that adds max u |G|ᵀ|h|
-to what ∂W may be off and max u |G||W| to ∂h, with the u of half precision where products are of it.
+Where products are of half precision, their operands are rounded for them: the gradient G of the
+logits and the rows coef·h to float16 (u 2^-11), the frozen head's exponentials to bfloat16 (2^-8)
+but for the target's. That adds max u |G|ᵀ|h| to what ∂W may be off, twice that for both operands,
+and max u |G||W| to ∂h. Rows of ∂h are kept in 24 bits (2^-17).
+
+Tensor cores are reported to cut their accumulators off after every 16 products, by at most 2^-23 of
+what is in them, half of that on average: (H / 16) 2^-24 max|z| of a logit, which is added to ε.
 
 Twice what plain summation loses, because another order of summation is another draw. The truth's
 own error is the same with the u of float64, and is allowed on top.
@@ -46,6 +51,7 @@ from fastpref.objectives import (
 )
 
 LOGIT_DEVIATION = 6.0
+_CUT_OFF_AFTER = 16  # products that a tensor core adds before it cuts its accumulator off
 _SCALARS = ("softcap", "logit_scale", "temperature")
 _SYMBOLS = {"hidden": "∂h", "weight": "∂W", "bias": "∂b"}
 
@@ -254,6 +260,14 @@ def _allowed(
         if name in allowed:
             allowed[name] += error
     return allowed
+
+
+def accumulation_error(hidden_size: int, largest: float) -> float:
+    """What accumulators that cut off take from a logit of at most `largest`, nats.
+
+    4.3e-4 at H 4096 for a logit of 28. A log-probability is the difference of two such.
+    """
+    return hidden_size / _CUT_OFF_AFTER * 2.0**-24 * largest
 
 
 def rounded_operand_errors(
