@@ -80,7 +80,6 @@ def compile_cases(architecture: str) -> list[CompileCase]:
         _gradients(torch.float32, softcap=False),
         _weight_gradient(architecture, add=True),
         _weight_gradient(architecture, add=False),
-        _weight_gradient(architecture, add=True, describable=False),
         _weight_gradient(architecture, add=False, dtype=torch.float32),
         _accumulate(),
         _fitted(rows=True),
@@ -92,6 +91,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
     if projection_config(architecture, half, rich=False).descriptors:
         # Where rows or weight are not 16-byte aligned.
         cases.insert(2, _projection(architecture, half, rich=True, describable=False))
+        cases.append(_weight_gradient(architecture, add=True, describable=False))
     return cases
 
 

@@ -46,13 +46,14 @@ def gradients_kernel(
     row = tl.program_id(0).to(tl.int64)
     line_ptr = exponentials_ptr + row * stride
     dtype = exponentials_ptr.dtype.element_ty
-    live = tl.load(coef_ptr + row) != 0  # the others' exponentials are not even read
+    live = tl.load(coef_ptr + row) != 0
+    wanted = tl.where(live, columns, 0)  # of the other rows nothing is even read
     lse = tl.load(lse_ptr + row)
     for start in range(0, columns, BLOCK_V):
         first = start + tl.arange(0, BLOCK_V // WIDTH) * WIDTH
         block = (first // PEAK_BLOCK).to(tl.int64)
         peak_ptr = peaks_ptr + row * peak_row_stride + block * peak_block_stride
-        peak = tl.load(peak_ptr, live & (first < columns), other=float("-inf"))
+        peak = tl.load(peak_ptr, first < wanted, other=float("-inf"))
         filled = peak != float("-inf")
         factor = tl.where(filled, -tl.exp(peak - lse), 0.0)
 

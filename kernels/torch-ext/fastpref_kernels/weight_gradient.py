@@ -98,26 +98,26 @@ def weight_gradient_kernel(
                 product = tl.dot(left.T, right, product)
         else:
             along = tl.arange(0, BLOCK_N)
-            left_ptr = gradient + along.to(tl.int64)[:, None] * gradient_stride + v[None, :]
+            left_ptr = gradient + along.to(tl.int64)[None, :] * gradient_stride + v[:, None]
             right_ptr = hidden + along.to(tl.int64)[:, None] * hidden_stride + h[None, :]
             for n in range(0, rows, BLOCK_N):
-                is_row = (along < rows - n)[:, None]
-                left = tl.load(left_ptr, is_row & (v < columns)[None, :], other=0.0)
-                right = tl.load(right_ptr, is_row & (h < hidden_size)[None, :], other=0.0)
+                is_row = along < rows - n
+                left = tl.load(left_ptr, (v < columns)[:, None] & is_row[None, :], other=0.0)
+                right = tl.load(right_ptr, is_row[:, None] & (h < hidden_size)[None, :], other=0.0)
                 if UPCAST:
                     left, right = left.to(tl.float32), right.to(tl.float32)
-                product = tl.dot(left.T, right, product, input_precision="ieee")
+                product = tl.dot(left, right, product, input_precision="ieee")
                 left_ptr += tl.cast(gradient_stride, tl.int64) * BLOCK_N
                 right_ptr += tl.cast(hidden_stride, tl.int64) * BLOCK_N
 
         # In two halves: the whole tile in fp32, laid out as memory is, takes too much room.
-        halves = tl.reshape(product * scale, (BLOCK_V, 2, BLOCK_H // 2))
+        halves = tl.reshape(product, (BLOCK_V, 2, BLOCK_H // 2))
         first, second = tl.split(tl.permute(halves, (0, 2, 1)))
         line = v.to(tl.int64)[:, None] * hidden_size
         for half in tl.static_range(2):
             h = h_block * BLOCK_H + half * (BLOCK_H // 2) + tl.arange(0, BLOCK_H // 2)
             within = (v < columns)[:, None] & (h < hidden_size)[None, :]
-            value = first if half == 0 else second
+            value = (first if half == 0 else second) * scale
             add_to(high_ptr, low_ptr, line + h[None, :], within, value, ADD)
 
 
