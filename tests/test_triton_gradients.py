@@ -175,6 +175,7 @@ def check_gradients(n, v, block, dtype, *, transposed=True, **how):
     peaks = embedded(peaks.T).T if transposed else peaks
     kernels.gradients_(buffer, peaks, block, targets, logps, lse, coef, slopes)
     assert (buffer[dead] == 0).all()
+    assert buffer._base[:, v:].isnan().all() and buffer._base[n:].isnan().all()
     # E and G are rounded once each, and lse by |lse|·u; the exponent's error is that of its
     # exponential. At the target there is one rounding, and logp's of |logp|·u.
     u = {torch.float16: U16, torch.float32: U32, torch.float64: 2.0**-53}[dtype]
@@ -301,9 +302,10 @@ def make_operands(n, v, h, seed=0):
 
 
 def new_total(v, h, dtype, fill=math.nan):
-    """A total as `low` and `dtype` ask for, uninitialised."""
-    high = torch.full((v, h), fill, dtype=torch.bfloat16 if dtype == "halves" else dtype)
-    return high, torch.full((v, h), 77, dtype=torch.int8) if dtype == "halves" else None
+    """A total, uninitialised, and one row more behind it."""
+    high = torch.full((v + 1, h), fill, dtype=torch.bfloat16 if dtype == "halves" else dtype)
+    low = torch.full((v + 1, h), 77, dtype=torch.int8)[:v] if dtype == "halves" else None
+    return high[:v], low
 
 
 def value_of(high, low):
@@ -336,13 +338,15 @@ def test_weight_gradient(add, dtype, by, monkeypatch, poison):
     old = 30 * torch.randn(v, h, generator=draw(5))
     high, low = new_total(v, h, dtype)
     if add and dtype == "halves":
-        high, low = halves(old)
+        high.copy_(halves(old)[0])
+        low.copy_(halves(old)[1])
     elif add:
-        high = old.to(dtype)
+        high.copy_(old)
     before = value_of(high, low) if add else 0.0
     given = embedded(gradient), embedded(rows), torch.tensor(scale)
     kernels.add_weight_gradient_(high, low, *given, add)
     check_total(value_of(high, low), before, gradient, rows, scale, UNITS[dtype], tiny)
+    assert high._base[v:].isnan().all() and (low is None or (low._base[v:] == 77).all())
 
 
 # Blocks are 16 rows × 32 columns × 64 hidden, bands 16 blocks of hidden.
@@ -572,7 +576,7 @@ def test_gradients_kept_and_taken(n, h, poison):
 
     coef, upstream = torch.randn(n, generator=draw(3)), torch.tensor(-0.3)
     kept = high.clone()
-    out = embedded(torch.full((2 * n + 1, h), 5.0, dtype=torch.bfloat16))
+    out = torch.full((2 * n + 1, h), 5.0, dtype=torch.bfloat16)
     kernels.take_(high, low, index, coef, upstream, out)
     assert torch.equal(high, kept)
     truth = whole(*expected).double() * coef.double()[:, None] * upstream.double()

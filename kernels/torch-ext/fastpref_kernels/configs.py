@@ -108,9 +108,11 @@ _WEIGHT_GRADIENT = {
     "gfx942": ProjectionConfig(64, 128, 128, 8, 2),
     "sm_80": ProjectionConfig(64, 128, 128, 8, 3),
     "sm_86": ProjectionConfig(32, 128, 128, 8, 3),
-    "sm_90": ProjectionConfig(64, 128, 256, 8, 3, descriptors=True),
-    "sm_100": ProjectionConfig(64, 128, 256, 8, 3, descriptors=True),
+    # 48 KiB a stage; the halves of the sum pass through the same memory.
+    "sm_90": ProjectionConfig(64, 128, 256, 8, 4, descriptors=True),
+    "sm_100": ProjectionConfig(64, 128, 256, 8, 4, descriptors=True),
 }
+# Addresses of pointer loads take registers too: at 128 × 256 they spill.
 _WEIGHT_GRADIENT_POINTERS = {
     "sm_90": ProjectionConfig(64, 128, 128, 8, 4),
     "sm_100": ProjectionConfig(64, 128, 128, 8, 4),
