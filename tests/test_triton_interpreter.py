@@ -71,13 +71,14 @@ def unit(dtype):
     return torch.finfo(dtype).eps / 2
 
 
+def fill_of(dtype):
+    """What must not be read: NaN, or no valid index."""
+    return math.nan if dtype.is_floating_point else min(10**6, torch.iinfo(dtype).max)
+
+
 def embedded(tensor):
     """The same values inside a larger tensor of NaN (or of no valid index)."""
-    around = torch.full(
-        [n + 3 for n in tensor.shape],
-        math.nan if tensor.is_floating_point() else 10**6,
-        dtype=tensor.dtype,
-    )
+    around = torch.full([n + 3 for n in tensor.shape], fill_of(tensor.dtype), dtype=tensor.dtype)
     inside = around[tuple(slice(0, n) for n in tensor.shape)]
     return inside.copy_(tensor)
 
@@ -671,6 +672,7 @@ def operator_arguments():
     targets, index = torch.randint(0, 37, (6,)), torch.randperm(9)[:6]
     products, lse, coef = torch.randn(6, 37), torch.randn(6) + 4, torch.randn(6)
     state = torch.randn(7, 6).abs()
+    high, low = torch.randn(37, 8).bfloat16(), torch.randint(-128, 128, (37, 8)).to(torch.int8)
     head = (bias, 0.7, 4.0, 1.3)
     formula = UniDPO(balance=Balance(), nll_weight=0.5).formula()
     return {
@@ -687,8 +689,21 @@ def operator_arguments():
             list(numbers_of(formula)),
             [int(flag) for flag in flags_of(formula).values()], 0, 2, 2,
         ),
-        "scale_": (products.clone(), torch.tensor(2.0)),
-        "scaled": (products.clone(), torch.tensor(2.0), torch.bfloat16),
+        "scale_": (high.clone(), torch.tensor(2.0), low),
+        "scaled": (products.clone(), torch.tensor(2.0), torch.bfloat16, None),
+        "gradients_": (
+            products.abs().half(), torch.rand(6, 10), 4, targets, -lse, lse, coef, torch.rand(6),
+        ),
+        "add_weight_gradient_": (
+            high.clone(), low.clone(), products.half(), hidden[:6].half(), torch.tensor(0.3), True,
+        ),
+        "accumulate_": (high.clone(), low.clone(), weight.clone(), torch.tensor(0.3), True),
+        "fitted": (hidden, torch.tensor(4.0), index, coef, torch.tensor(3.0)),
+        "keep_": (torch.randn(6, 8), high.clone(), low[:6].clone(), index),
+        "take_": (high.clone(), low[:6].clone(), index, coef, torch.tensor(0.7)),
+        "taken_": (
+            high.clone(), high.flip(0), low[:6].clone(), index, coef, torch.tensor(0.7),
+        ),
     }  # fmt: skip
 
 
@@ -703,7 +718,7 @@ def test_operators():
 
 def between(tensor):
     """The same values in every second place of each dimension, NaN (or no index) between."""
-    fill = math.nan if tensor.is_floating_point() else 10**6
+    fill = fill_of(tensor.dtype)
     around = torch.full([2 * n + 1 for n in tensor.shape], fill, dtype=tensor.dtype)
     inside = around[tuple(slice(0, 2 * n, 2) for n in tensor.shape)]
     return inside.copy_(tensor)
@@ -718,33 +733,43 @@ LAYOUTS = {
 }
 
 
+# Written in place, in rows that may lie apart.
+ROWS_APART = {("row_gradients_", 0), ("gradients_", 0), ("keep_", 1), ("take_", 0), ("taken_", 0)}
+# Offsets increase, and no row is written twice.
+NOT_ALIKE = {("weigh_pairs", 1), ("keep_", 3), ("take_", 2), ("taken_", 3)}
+
+
+def written_to(operator):
+    arguments = operator._opoverload._schema.arguments
+    return [i for i, x in enumerate(arguments) if x.alias_info and x.alias_info.is_write]
+
+
 @interpreted
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_operator_takes_every_layout_of_every_argument(layout):
     """Autograd hands over gradients of stride 0; targets are `ids[::2]`; a head is transposed."""
     checked = 0
     for operator in kernels.OPERATORS:
-        name = operator._name
+        name, written = operator._name, written_to(operator)
         for place, argument in enumerate(operator_arguments()[name]):
             if not isinstance(argument, torch.Tensor) or argument.dim() == 0:
                 continue
-            if name == "weigh_pairs" and place == 1 and "expanded" in layout:
-                continue  # offsets that do not increase describe no batch
+            if (name, place) in NOT_ALIKE and "expanded" in layout:
+                continue
             laid_out = LAYOUTS[layout](argument)
             results = []
             for value in (laid_out.contiguous(), laid_out):
                 given = [*operator_arguments()[name]]
                 given[place] = value
-                mutated = place == 0 and name.endswith("_")
                 dense = value.is_contiguous() or (
-                    layout == "offset" and name != "scale_" and value.dim() == 2
+                    layout == "offset" and (name, place) in ROWS_APART
                 )
-                if mutated and not dense:
+                if place in written and not dense:
                     with pytest.raises(ValueError, match="written in place and must be dense"):
                         operator(*given)
                     continue
                 out = operator(*given)
-                results.append([given[0]] if name.endswith("_") else out)
+                results.append([given[i].clone() for i in written] if written else out)
             if len(results) == 2:
                 for expected, found in zip(*map(list, results), strict=True):
                     assert torch.equal(found.nan_to_num(), expected.nan_to_num()), (name, place)

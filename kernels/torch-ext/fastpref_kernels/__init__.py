@@ -13,27 +13,41 @@ if HAS_TRITON:
     from .configs import Epilogue
     from .ops import (
         OPERATORS,
+        accumulate_,
+        add_weight_gradient_,
+        fitted,
+        gradients_,
+        keep_,
         projection_statistics,
         row_gradients_,
         row_statistics,
         scaled,
         slice_statistics,
+        take_,
         weigh_pairs,
     )
     from .pairs import METRICS
+    from .primitives import SCALE
     from .rows import new_state
 
     __all__ += [
         "METRICS",
         "OPERATORS",
+        "SCALE",
         "CompileCase",
         "Epilogue",
+        "accumulate_",
+        "add_weight_gradient_",
         "compile_cases",
+        "fitted",
+        "gradients_",
+        "keep_",
         "new_state",
         "projection_statistics",
         "row_gradients_",
         "row_statistics",
         "scaled",
         "slice_statistics",
+        "take_",
         "weigh_pairs",
     ]

@@ -9,11 +9,22 @@ from typing import Any
 
 import torch
 
-from .configs import ProjectionConfig, projection_config, rows_config
+from .configs import (
+    ProjectionConfig,
+    operands_config,
+    projection_config,
+    rows_config,
+    weight_gradient_config,
+)
 from .forward import BAND, MERGE_N, MERGE_T, merge_kernel, projection_kernel
+from .gradients import gradients_kernel
+from .operands import fitted_kernel, keep_kernel, take_kernel
 from .pairs import BLOCK_TOKENS, LINKS, pair_weighting_kernel
 from .rows import row_gradients_kernel, row_statistics_kernel
 from .scale import BLOCK_ELEMENTS, scale_kernel
+from .weight_gradient import BAND as BAND_H
+from .weight_gradient import BLOCK_ELEMENTS as BLOCK_SUMMED
+from .weight_gradient import accumulate_kernel, weight_gradient_kernel
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _HIDDEN_SIZE = 4096
@@ -63,10 +74,24 @@ def compile_cases(architecture: str) -> list[CompileCase]:
         _pairs(rich=True),
         _scale(torch.float32),
         _scale(half),
+        _scale(half, split=True),
+        _gradients(torch.float16, softcap=False),
+        _gradients(torch.float16, softcap=True),
+        _gradients(torch.float32, softcap=False),
+        _weight_gradient(architecture, add=True),
+        _weight_gradient(architecture, add=False),
+        _weight_gradient(architecture, add=False, dtype=torch.float32),
+        _accumulate(),
+        _fitted(rows=True),
+        _fitted(rows=False),
+        _keep(),
+        _take(half, split=True),
+        _take(torch.float32, split=False),
     ]
     if projection_config(architecture, half, rich=False).descriptors:
         # Where rows or weight are not 16-byte aligned.
         cases.insert(2, _projection(architecture, half, rich=True, describable=False))
+        cases.append(_weight_gradient(architecture, add=True, describable=False))
     return cases
 
 
@@ -171,15 +196,124 @@ def _pairs(*, rich: bool) -> CompileCase:
     )
 
 
-def _scale(dtype: torch.dtype) -> CompileCase:
-    name, in_place = _NAMES[dtype], dtype == torch.float32
+def _scale(dtype: torch.dtype, *, split: bool = False) -> CompileCase:
+    name, in_place = _NAMES[dtype], split or dtype == torch.float32
     return _case(
         scale_kernel,
-        "in place" if in_place else f"to {name}",
-        _types(scale_kernel, out_ptr=f"*{name}", elements="i64"),
-        {"IN_PLACE": in_place, "BLOCK": BLOCK_ELEMENTS},
+        "in place, of halves" if split else "in place" if in_place else f"to {name}",
+        _types(
+            scale_kernel,
+            grad_ptr=f"*{name}" if split else "*fp32",
+            out_ptr=f"*{name}",
+            low_ptr="*i8",
+        ),
+        {"IN_PLACE": in_place, "BLOCK": BLOCK_ELEMENTS} | _absent("low_ptr", unless=split),
         num_warps=8,
     )
+
+
+def _gradients(dtype: torch.dtype, *, softcap: bool) -> CompileCase:
+    config = rows_config()
+    peak_block = 256
+    return _case(
+        gradients_kernel,
+        _NAMES[dtype] + ", softcap" * softcap,
+        _types(gradients_kernel, exponentials_ptr=f"*{_NAMES[dtype]}"),
+        {
+            "PEAK_BLOCK": peak_block,
+            "BLOCK_V": config.block_v,
+            "WIDTH": min(peak_block, config.block_v),
+        }
+        | _absent("slopes_ptr", unless=softcap),
+        aligned=("columns", "stride"),
+        num_warps=config.num_warps,
+    )
+
+
+def _weight_gradient(
+    architecture: str,
+    *,
+    add: bool,
+    describable: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> CompileCase:
+    config = weight_gradient_config(architecture, describable=describable)
+    split = dtype == torch.bfloat16
+    types = _types(weight_gradient_kernel, high_ptr=f"*{_NAMES[dtype]}", low_ptr="*i8")
+    for operand, width in (("gradient", config.block_v), ("hidden", config.block_h)):
+        block = f"tensordesc<fp16[{config.block_n},{width}]>"
+        types[operand] = block if config.descriptors else "*fp16"
+    return _case(
+        weight_gradient_kernel,
+        ", ".join(
+            ["halves" if split else _NAMES[dtype]]
+            + ["added"] * add
+            + ["pointers"] * (not config.descriptors)
+        ),
+        types,
+        {
+            "ADD": add,
+            "HAS_DESCRIPTORS": config.descriptors,
+            "UPCAST": False,
+            "BAND": BAND_H,
+        }
+        | _absent("low_ptr", unless=split)
+        | _blocks(config),
+        aligned=("columns", "hidden_size", "gradient_stride", "hidden_stride"),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        multiplies=True,
+    )
+
+
+def _accumulate() -> CompileCase:
+    return _case(
+        accumulate_kernel,
+        "halves",
+        _types(accumulate_kernel, high_ptr="*bf16", low_ptr="*i8"),
+        {"ADD": True, "BLOCK": BLOCK_SUMMED},
+        num_warps=8,
+    )
+
+
+def _fitted(*, rows: bool) -> CompileCase:
+    return _of_operands(
+        fitted_kernel,
+        "rows with factors" if rows else "the head",
+        _types(fitted_kernel, x_ptr="*bf16", out_ptr="*fp16", index_ptr="*i64"),
+        _absent("factor_bound_ptr", "index_ptr", "factor_ptr", unless=rows),
+        aligned=("columns", "stride"),
+    )
+
+
+def _keep() -> CompileCase:
+    types = _types(keep_kernel, high_ptr="*bf16", low_ptr="*i8", index_ptr="*i64")
+    return _of_operands(keep_kernel, "", types, {}, aligned=("columns", "high_stride"))
+
+
+def _take(dtype: torch.dtype, *, split: bool) -> CompileCase:
+    name = f"*{_NAMES[dtype]}"
+    return _of_operands(
+        take_kernel,
+        "halves" if split else _NAMES[dtype],
+        _types(take_kernel, high_ptr=name, out_ptr=name, low_ptr="*i8", index_ptr="*i64"),
+        _absent("low_ptr", unless=split),
+        aligned=("columns", "high_stride", "out_stride"),
+    )
+
+
+def _of_operands(
+    kernel: Any,
+    variant: str,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    *,
+    aligned: tuple[str, ...],
+) -> CompileCase:
+    config = operands_config()
+    blocks = {"BLOCK_N": config.block_n, "BLOCK_H": config.block_v}
+    warps = config.num_warps
+    return _case(kernel, variant, types, constants | blocks, aligned=aligned, num_warps=warps)
 
 
 def _case(
@@ -194,7 +328,8 @@ def _case(
     multiplies: bool = False,
 ) -> CompileCase:
     run_time = {name: of for name, of in types.items() if name not in constants}
-    pointers = tuple(name for name, of in run_time.items() if of.startswith("*"))
+    unaligned = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
+    pointers = tuple(n for n, of in run_time.items() if of.startswith("*") and n not in unaligned)
     return CompileCase(
         kernel, variant, run_time, constants, pointers + aligned, num_warps, num_stages, multiplies
     )

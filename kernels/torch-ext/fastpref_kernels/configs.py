@@ -6,10 +6,13 @@ environment variable tries one without changing it:
 
     FASTPREF_PROJECTION=128,256,64,8,3     BLOCK_N,BLOCK_V,BLOCK_H,warps,stages
     FASTPREF_ROWS=1,4096,8                 BLOCK_N,BLOCK_V,warps
+    FASTPREF_WEIGHT_GRADIENT=library       or kernel: who multiplies for the head's gradient
+    FASTPREF_WEIGHT_TILES=64,128,256,8,3   BLOCK_N,BLOCK_V,BLOCK_H,warps,stages
 """
 
 import functools
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -98,6 +101,27 @@ _ROWS = RowsConfig(1, 4096, 8)
 # The interpreter costs the same for a large block as for a small one.
 _ROWS_INTERPRETED = RowsConfig(16, 256, 1)
 
+# The head's gradient: its own kernel, or the library's products slice by slice ("library").
+WEIGHT_GRADIENT_BY = "kernel"
+# Half precision, the sum is over rows: BLOCK_N is the depth of a step.
+_WEIGHT_GRADIENT = {
+    "gfx942": ProjectionConfig(64, 128, 128, 8, 2),
+    "sm_80": ProjectionConfig(64, 128, 128, 8, 3),
+    "sm_86": ProjectionConfig(32, 128, 128, 8, 3),
+    # 48 KiB a stage; the halves of the sum pass through the same memory.
+    "sm_90": ProjectionConfig(64, 128, 256, 8, 4, descriptors=True),
+    "sm_100": ProjectionConfig(64, 128, 256, 8, 4, descriptors=True),
+}
+# Addresses of pointer loads take registers too: at 128 × 256 they spill.
+_WEIGHT_GRADIENT_POINTERS = {
+    "sm_90": ProjectionConfig(64, 128, 128, 8, 4),
+    "sm_100": ProjectionConfig(64, 128, 128, 8, 4),
+}
+_WEIGHT_GRADIENT_INTERPRETED = ProjectionConfig(16, 32, 64, 1, 1)
+
+# Operands: several rows a program, for H is at most a few thousand.
+_OPERANDS = RowsConfig(4, 1024, 8)
+
 
 def device_of(tensor: Tensor) -> AbstractContextManager:
     """Launches go to this tensor's device, whichever is the current one."""
@@ -148,6 +172,43 @@ def rows_config() -> RowsConfig:
     if asked:
         return RowsConfig(*map(int, asked.split(",")))
     return _ROWS_INTERPRETED if INTERPRETED else _ROWS
+
+
+def weight_gradient_by() -> str:
+    """Who multiplies for the head's gradient: "kernel" or "library"."""
+    asked = os.environ.get("FASTPREF_WEIGHT_GRADIENT", WEIGHT_GRADIENT_BY)
+    if asked not in ("kernel", "library"):
+        raise ValueError(f"FASTPREF_WEIGHT_GRADIENT must be kernel or library, got {asked!r}")
+    return asked
+
+
+def weight_gradient_config(name: str, *, describable: bool = True) -> ProjectionConfig:
+    """Of an architecture by its name, as `projection_config`."""
+    if INTERPRETED:
+        found = _WEIGHT_GRADIENT_INTERPRETED
+    else:
+        name = _nearest(name)
+        found = _WEIGHT_GRADIENT[name]
+        if found.descriptors and not describable:
+            found = _WEIGHT_GRADIENT_POINTERS[name]
+    asked = os.environ.get("FASTPREF_WEIGHT_TILES")
+    if asked:
+        n, v, h, warps, stages = map(int, asked.split(","))
+        found = ProjectionConfig(n, v, h, warps, stages, found.descriptors)
+    return replace(found, descriptors=found.descriptors and describable)
+
+
+def operands_config() -> RowsConfig:
+    """The configuration of the kernels that walk along hidden states."""
+    return _ROWS_INTERPRETED if INTERPRETED else _OPERANDS
+
+
+def check_halves(high: Tensor, low: Tensor | None, shape: Sequence[int]) -> None:
+    """A remainder belongs to bf16, is int8 and of this shape."""
+    if low is not None and (high.dtype, low.dtype) != (torch.bfloat16, torch.int8):
+        raise ValueError(f"halves must be bfloat16 and int8, got {high.dtype} and {low.dtype}")
+    if low is not None and low.shape != tuple(shape):
+        raise ValueError(f"low must have shape {tuple(shape)}, got {tuple(low.shape)}")
 
 
 def _nearest(name: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import forward, pairs, rows, scale
+from . import forward, gradients, operands, pairs, rows, scale, weight_gradient
 from .configs import Epilogue, device_of
 from .pairs import Formula
 
@@ -29,12 +29,14 @@ def _operator(
     shapes: Callable[..., Any],
     *,
     matrices: Sequence[str] = (),
-    mutates: str | None = None,
+    strided: Sequence[str] = (),
+    mutates: str = "",
 ) -> Any:
     """A launcher as an operator: on its tensors' device, each tensor laid out as kernels read it.
 
     Kernels walk along tensors with a stride of 1. `matrices` may have rows that lie apart; every
-    other tensor is dense. What is laid out otherwise is copied, but not what is written to.
+    other tensor is dense, but for the `strided`, which are taken as they are. What is laid out
+    otherwise is copied, but not what is written to: `mutates`, names with spaces between.
     `shapes` gives what the launcher would return, uninitialised.
     """
     parameters = [*inspect.signature(launch).parameters]
@@ -43,9 +45,9 @@ def _operator(
     def on_device(*args: Any) -> Any:
         arguments = dict(zip(parameters, args, strict=True))
         for argument, value in arguments.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and argument not in strided:
                 arguments[argument] = _laid_out(value, rows_apart=argument in matrices)
-                if argument == mutates and arguments[argument] is not value:
+                if argument in mutates.split() and arguments[argument] is not value:
                     raise ValueError(
                         f"{argument} is written in place and must be dense, got strides "
                         f"{value.stride()} of shape {tuple(value.shape)}"
@@ -54,7 +56,7 @@ def _operator(
             return launch(**arguments)
 
     name = f"{_NAMESPACE}::{launch.__name__}"
-    operator = custom_op(name, on_device, mutates_args=[mutates] if mutates else [])
+    operator = custom_op(name, on_device, mutates_args=mutates.split())
     operator.register_fake(shapes)
     return operator
 
@@ -236,21 +238,162 @@ weigh_pairs_op = _operator(pairs.weigh_pairs, _weigh_pairs_shapes)
 
 
 def scaled(
-    grad: Tensor,  # dense, fp32 or fp64, consumed
+    grad: Tensor,  # dense, consumed
     upstream: Tensor,  # ()
     dtype: torch.dtype,
+    low: Tensor | None = None,  # dense int8: what bf16 left of grad, see `split`
 ) -> Tensor:
-    """`grad · upstream` in `dtype`, rounded once: in place if that is grad's, else in one pass."""
+    """`(grad + low) · upstream` in `dtype`, rounded once.
+
+    In place if that is grad's, and then nothing is read or written when `upstream` is 1; else in
+    one pass.
+    """
     if dtype != grad.dtype:
-        return scaled_op(grad, upstream, dtype)
-    scale_op(grad, upstream)
+        return scaled_op(grad, upstream, dtype, low)
+    scale_op(grad, upstream, low)
     return grad
 
 
 scale_op = _operator(scale.scale_, lambda *args: None, mutates="grad")
 scaled_op = _operator(
-    scale.scaled, lambda grad, upstream, dtype: grad.new_empty(grad.shape, dtype=dtype)
+    scale.scaled, lambda grad, upstream, dtype, low: grad.new_empty(grad.shape, dtype=dtype)
 )
+
+
+# --- gradients in place of exponentials ---------------------------------------------------------
+
+
+def gradients_(
+    exponentials: Tensor,  # (n, V) fp16, fp32 or fp64; consumed
+    peaks: Tensor,  # (n, ceil(V / block)) fp32, or fp64; of any strides
+    block: int,
+    targets: Tensor,  # (n,) int64
+    logps: Tensor,  # (n,)
+    lse: Tensor,  # (n,)
+    coef: Tensor,  # (n,)
+    slopes: Tensor | None = None,  # (n,) of the softcap at the targets; None for 1
+) -> None:
+    """`S·(onehot − p)·s` in place of `S·e^(z − peak)·s`, with S of `SCALE`.
+
+    `coef` is not multiplied in: rows of coefficient 0 become 0 and are not read. A block whose peak
+    is −inf becomes 0. A target that is none of the columns is none of the row's.
+
+    Raises:
+        ValueError: if `block` is no power of two or `peaks` are not one a row and block.
+    """
+    gradients_op(exponentials, peaks, block, targets, logps, lse, coef, slopes)
+
+
+gradients_op = _operator(
+    gradients.gradients_,
+    lambda *args: None,
+    matrices=("exponentials",),
+    strided=("peaks",),
+    mutates="exponentials",
+)
+
+
+# --- the head's gradient ------------------------------------------------------------------------
+
+
+def add_weight_gradient_(
+    high: Tensor,  # (V, H) bf16 if there is a low, else bf16, fp16 or fp32
+    low: Tensor | None,  # (V, H) int8: what bf16 leaves of a number kept in 24 bits
+    gradient: Tensor,  # (n, V) fp16, of rows that may lie apart
+    rows: Tensor,  # (n, H) fp16
+    scale: Tensor,  # () fp32
+    add: bool,
+) -> None:
+    """`high + low (+)= scale · gradientᵀ @ rows`, rounded once from fp32.
+
+    Without `add` what `high` and `low` hold is not read.
+
+    Raises:
+        ValueError: if the halves are not bf16 and int8 of one shape.
+    """
+    add_weight_gradient_op(high, low, gradient, rows, scale, add)
+
+
+add_weight_gradient_op = _operator(
+    weight_gradient.add_weight_gradient_,
+    lambda *args: None,
+    matrices=("gradient", "rows"),
+    mutates="high low",
+)
+
+
+def accumulate_(
+    high: Tensor,  # (rows, H), as above: a slice of the gradient's rows
+    low: Tensor | None,  # (rows, H) int8
+    product: Tensor,  # (rows, H) fp32
+    scale: Tensor,  # () fp32
+    add: bool,
+) -> None:
+    """`high + low (+)= scale · product`, rounded once from fp32."""
+    accumulate_op(high, low, product, scale, add)
+
+
+accumulate_op = _operator(weight_gradient.accumulate_, lambda *args: None, mutates="high low")
+
+
+# --- operands, and gradients of hidden states ---------------------------------------------------
+
+
+def fitted(
+    x: Tensor,  # (m, H) of any float dtype
+    bound: Tensor,  # () at least max|x|
+    index: Tensor | None = None,  # (n,) int64, rows of x; None for all
+    factor: Tensor | None = None,  # (n,)
+    factor_bound: Tensor | None = None,  # () at least max|factor|, with a factor
+) -> tuple[Tensor, Tensor]:
+    """`x[index]·factor·power` `(n, H)` in fp16, rounded once, and `1 / power` `()` in fp32.
+
+    The power of two lifts `bound·factor_bound` into [2^14, 2^15), within 2^±100; 0 counts as 1.
+    Numbers beyond twice the bounds become infinite; of bounds that are NaN, infinite or negative
+    everything becomes NaN.
+
+    Raises:
+        ValueError: if one of `factor` and `factor_bound` is given without the other.
+    """
+    return fitted_op(x, bound, index, factor, factor_bound)
+
+
+fitted_op = _operator(operands.fitted, operands.new_fitted, matrices=("x",))
+
+
+def keep_(
+    wide: Tensor,  # (n, H) fp32
+    high: Tensor,  # (M, H) bf16, of which rows `index` are written
+    low: Tensor,  # (n, H) int8, written
+    index: Tensor,  # (n,) int64, no two alike
+) -> None:
+    """Keeps fp32 in 24 bits: `high[index]` is `wide` rounded to bf16, `low` the next 8 bits."""
+    keep_op(wide, high, low, index)
+
+
+keep_op = _operator(operands.keep_, lambda *args: None, matrices=("high",), mutates="high low")
+
+
+def take_(
+    high: Tensor,  # (M, H) bf16 if there is a low, else of any float dtype
+    low: Tensor | None,  # (n, H) int8, from `keep_`
+    index: Tensor,  # (n,) int64, no two alike
+    coef: Tensor,  # (n,)
+    upstream: Tensor,  # ()
+    out: Tensor | None = None,  # (M, H), of which rows `index` are written; None for high
+) -> None:
+    """`out[index] = (high[index] + low)·coef·upstream`, rounded once.
+
+    With an `out`, `high` stays as it is and can be taken again.
+    """
+    if out is None:
+        take_op(high, low, index, coef, upstream)
+    else:
+        taken_op(out, high, low, index, coef, upstream)
+
+
+take_op = _operator(operands.take_, lambda *args: None, matrices=("high",), mutates="high")
+taken_op = _operator(operands.taken_, lambda *args: None, matrices=("out", "high"), mutates="out")
 
 OPERATORS = (
     projection_op,
@@ -259,6 +402,13 @@ OPERATORS = (
     weigh_pairs_op,
     scale_op,
     scaled_op,
+    gradients_op,
+    add_weight_gradient_op,
+    accumulate_op,
+    fitted_op,
+    keep_op,
+    take_op,
+    taken_op,
 )
 
 

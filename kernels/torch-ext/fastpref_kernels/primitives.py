@@ -10,6 +10,9 @@ import triton.language as tl
 from .configs import INTERPRETED
 
 _CUTS_BF16_OFF = tl.constexpr(INTERPRETED)
+# What exponentials and gradients kept in fp16 are multiplied by: 1 becomes half of fp16's range.
+SCALE = 2.0**15
+S = tl.constexpr(SCALE)
 
 
 @triton.jit
@@ -137,3 +140,35 @@ def store_statistics(
         tl.store(is_top1_ptr + row, is_top1.to(tl.int8), is_row)
     if log_sum_sq_ptr is not None:
         tl.store(log_sum_sq_ptr + row, tl.log(sum_ee) - 2.0 * log_total, is_row)
+
+
+@triton.jit
+def widened(x):
+    """fp32 of half precision, what is wider as it is."""
+    if x.dtype != tl.float64:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def one_minus_exp(x):
+    """1 − e^x, to the last bits where e^x is nearly 1 as well."""
+    half = tanh(0.5 * x)
+    return -2.0 * half / (1.0 - half)
+
+
+@triton.jit
+def split(x):
+    """fp32 rounded to 24 bits: bf16, to the nearest, and what is left of it as int8."""
+    bits = tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))  # one NaN, that cannot carry
+    kept = (bits + 0x80) >> 8
+    high = (kept + 0x80) >> 8
+    low = kept - (high << 8)
+    return high.to(tl.int16).to(tl.bfloat16, bitcast=True), low.to(tl.int8)
+
+
+@triton.jit
+def joined(high, low):
+    """fp32 from the two halves that `split` made."""
+    upper = high.to(tl.int16, bitcast=True).to(tl.int32)
+    return (((upper << 8) + low.to(tl.int32)) << 8).to(tl.float32, bitcast=True)
