@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypedDict
+from typing import NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -88,11 +88,16 @@ class RowStats:
             return parts[0]
         factors = [part.factor for part in parts if part.factor is not None]
         return cls(
-            torch.cat([part.logps for part in parts]),
-            torch.cat([part.lse for part in parts]),
-            {name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra},
-            torch.cat(factors) if factors else None,
+            concatenated([part.logps for part in parts]),
+            concatenated([part.lse for part in parts]),
+            {name: concatenated([part.extra[name] for part in parts]) for name in parts[0].extra},
+            concatenated(factors) if factors else None,
         )
+
+
+def concatenated(parts: list[Tensor]) -> Tensor:
+    """Parts as one; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass
@@ -125,6 +130,13 @@ class Grads:
     bias: Tensor | None  # (V,)
 
 
+class NamedRows(NamedTuple):
+    """Values of prompts by name; what has no name is not to be looked at."""
+
+    names: tuple[str | None, ...]
+    values: Tensor  # (names, prompts)
+
+
 @dataclass
 class Weighed:
     """What becomes of the token log-probabilities of some prompts, K responses each."""
@@ -132,7 +144,7 @@ class Weighed:
     logps: Tensor  # (K·prompts,) of the responses, prompt after prompt
     losses: Tensor  # (prompts,)
     coef: Tensor  # (n,) ∂(Σ losses / divisor) / ∂ of each token's log-probability
-    metrics: dict[str, Tensor] | None = None  # (prompts,) by name, 0 where a response is empty
+    metrics: NamedRows | None = None  # 0 where a response is empty
     alignments: Tensor | None = None  # (K·prompts,) where the objective needs them
 
 
@@ -153,7 +165,7 @@ class Elementwise(Protocol):
         high: Tensor,  # (rows, H)
         low: Tensor | None,  # (rows, H)
         product: Tensor,  # (rows, H)
-        scale: Tensor | None,  # ()
+        scale: Tensor,  # ()
         add: bool,
     ) -> None: ...
 
@@ -171,6 +183,7 @@ class Elementwise(Protocol):
         low: Tensor | None,  # (n, H)
         index: Tensor,  # (n,)
         coef: Tensor,  # (n,)
+        upstream: Tensor,  # ()
     ) -> None: ...
 
     def scaled(

@@ -61,12 +61,11 @@ def accumulate_(
     high: Tensor,  # (rows, H), in place
     low: Tensor | None,  # (rows, H) int8 remainder of high, in place
     product: Tensor,  # (rows, H)
-    scale: Tensor | None,  # ()
+    scale: Tensor,  # ()
     add: bool,
 ) -> None:
     """`total (+)= scale · product`, rounded once; what is not added to may be uninitialised."""
-    if scale is not None:
-        product = product * scale
+    product = product * scale
     if add:
         product = product + (high if low is None else joined(high, low))
     if low is None:
@@ -96,11 +95,12 @@ def take_(
     low: Tensor | None,  # (n, H) int8 remainder
     index: Tensor,  # (n,) rows of high
     coef: Tensor,  # (n,)
+    upstream: Tensor,  # ()
 ) -> None:
-    """Kept rows times their coefficients, rounded once, where high is."""
+    """Kept rows times their coefficients and the upstream gradient, rounded once, where high is."""
     rows = high.index_select(0, index)
     wide = rows.to(coef.dtype) if low is None else joined(rows, low)
-    high.index_copy_(0, index, (wide * coef[:, None]).to(high.dtype))
+    high.index_copy_(0, index, (wide * (coef * upstream)[:, None]).to(high.dtype))
 
 
 def scaled(

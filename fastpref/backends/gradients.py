@@ -112,13 +112,14 @@ def add_weight_gradient(
         _add(total, gradient.T, rows)
         return
     wide = torch.promote_types(torch.float32, gradient.dtype)
+    scale = rows.new_ones((), dtype=wide) if inverse is None else inverse
     step = max(1, _FITTED_BYTES // (wide.itemsize * rows.shape[1]))
     for first in range(0, len(total.high), step):
         part = slice(first, first + step)
         high, low = total.high[part], None if total.low is None else total.low[part]
         product = rows.new_empty(high.shape, dtype=wide)
         product_into(gradient[:, part].T, rows, out=product)
-        by.accumulate_(high, low, product, inverse, total.written)
+        by.accumulate_(high, low, product, scale, total.written)
     total.written = True
 
 

@@ -14,7 +14,7 @@ import torch
 from fastpref_kernels import Epilogue
 from torch import Tensor
 
-from fastpref.backends import Grads, Head, RowStats, Weighed
+from fastpref.backends import Grads, Head, NamedRows, RowStats, Weighed
 from fastpref.backends.products import (
     add_product,
     add_target_rows,
@@ -144,12 +144,8 @@ def weigh_pairs(
     found = kernels.weigh_pairs(logps, offsets, formula, **pairs)  # type: ignore[arg-type]
     sums, losses, coef, values = found
     groups = {"weights": formula.quality is not None, "balance": formula.balance is not None}
-    metrics = {
-        name: value
-        for name, value in zip(kernels.METRICS, values, strict=True)
-        if groups.get(name.split("/")[0], True)
-    }
-    return Weighed(sums, losses, coef, metrics)
+    names = [name if groups.get(name.split("/")[0], True) else None for name in kernels.METRICS]
+    return Weighed(sums, losses, coef, NamedRows(tuple(names), values))
 
 
 def _epilogue(head: Head) -> Epilogue:

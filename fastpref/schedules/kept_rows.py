@@ -42,21 +42,18 @@ class KeptRows:
         low = None if self.low is None else self.low[first:last]
         self.by.keep_(grad, self.high, low, self.index[first:last])
 
-    def times(self, coef: Tensor, *, keeps: bool = False) -> Tensor:
-        """`coef · ∂ℓ/∂h` in hidden's layout and dtype; in place unless it is to be kept."""
+    def times(self, coef: Tensor, upstream: Tensor, *, keeps: bool = False) -> Tensor:
+        """`coef · upstream · ∂ℓ/∂h` in hidden's layout and dtype; in place unless it is kept."""
+        high = self.high.clone() if keeps and not self.compact else self.high
+        whole = high
         if self.compact:
-            return self._laid_out(coef)
-        high = self.high.clone() if keeps else self.high
+            whole = high.new_zeros((self.positions, high.shape[1]), dtype=self.dtype)
         for start in range(0, len(coef), ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
-            low = None if self.low is None else self.low[part]
-            self.by.take_(high, low, self.index[part], coef[part])
-        return high
-
-    def _laid_out(self, coef: Tensor) -> Tensor:
-        whole = self.high.new_zeros((self.positions, self.high.shape[1]), dtype=self.dtype)
-        for start in range(0, len(coef), ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
-            rows = self.high[part] * coef[part, None]
-            whole.index_copy_(0, self.index[part], rows.to(self.dtype))
+            if self.compact:
+                rows = high[part] * (coef[part] * upstream)[:, None]
+                whole.index_copy_(0, self.index[part], rows.to(self.dtype))
+            else:
+                low = None if self.low is None else self.low[part]
+                self.by.take_(high, low, self.index[part], coef[part], upstream)
         return whole

@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.backends import Backend, Head, RowStats, Total, Weighed
+from fastpref.backends import (
+    Backend,
+    Head,
+    NamedRows,
+    RowStats,
+    Total,
+    Weighed,
+    concatenated,
+)
 from fastpref.backends.gradients import fitted_rows, hidden_gradient, new_total
 from fastpref.backends.products import as_operand
 from fastpref.objectives import Objective
@@ -51,12 +59,12 @@ class PairGroups(torch.autograd.Function):
             groups = _Groups(hidden, rows, head, plan, backend, stats)
             for first, last in plan.groups:
                 groups.run(first, last, prompts, objective, divisor)
-        losses = torch.cat([part.losses for part in groups.weighed])
-        logps = rows.in_batch_order(torch.cat([part.logps for part in groups.weighed]))
+        losses = concatenated([part.losses for part in groups.weighed])
+        logps = rows.in_batch_order(concatenated([part.logps for part in groups.weighed]))
         alignments = None
         if objective.needs_alignments:
             parts = [part.alignments for part in groups.weighed if part.alignments is not None]
-            alignments = rows.in_batch_order(torch.cat(parts))
+            alignments = rows.in_batch_order(concatenated(parts))
         if len(plan.groups) > 1 and not prompts.fusible(objective, backend):
             prompts.refuse_coupled(objective, logps, alignments, losses)
         metrics = _joined([part.metrics for part in groups.weighed])
@@ -123,7 +131,7 @@ class _Gradients:
         """Gradients of hidden, weight and bias, rounded once; what they are made of is let go."""
         of_hidden = None
         if self.kept is not None:
-            of_hidden = self.kept.times(torch.cat(self.coefs) * upstream)
+            of_hidden = self.kept.times(concatenated(self.coefs), upstream)
         groups = len(self.live)
         while self.live:
             live = self.live.pop()
@@ -219,12 +227,12 @@ class _Groups:
         self.gradients.add(start, _Live(gradient, operand, factor * coef), factor)
 
 
-def _joined(parts: list[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
+def _joined(parts: list[NamedRows | None]) -> NamedRows | None:
     """Metrics of consecutive pairs as one."""
     found = [part for part in parts if part is not None]
-    if not found:
-        return None
-    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    if len(found) < 2:
+        return found[0] if found else None
+    return NamedRows(found[0].names, torch.cat([part.values for part in found], 1))
 
 
 def _live_ranges(coef: Tensor) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.backends import Backend, RowStats, Weighed
+from fastpref.backends import Backend, NamedRows, RowStats, Weighed
 from fastpref.domains import require
 from fastpref.objectives import ListLogps, Objective, evaluate
 from fastpref.schedules.autograd import first_order
@@ -207,10 +207,11 @@ class Prompts:
             f"them: set couples_pairs = True in {name}",
         )
 
-    def mean_metrics(self, per_prompt: dict[str, Tensor]) -> dict[str, Tensor]:
+    def mean_metrics(self, per_prompt: NamedRows) -> dict[str, Tensor]:
         """Means over the counted prompts, 0 of none, from values that are 0 for the others."""
-        counted = max(1, sum(self.counted))
-        return {name: values.sum() / counted for name, values in per_prompt.items()}
+        means = per_prompt.values.sum(1).div_(max(1, sum(self.counted))).unbind()
+        named = zip(per_prompt.names, means, strict=True)
+        return {name: mean for name, mean in named if name is not None}
 
 
 class PairLosses(torch.autograd.Function):
@@ -219,7 +220,7 @@ class PairLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logps: Tensor, inputs: Prompts, objective: Objective, backend: Backend
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor] | None]:
+    ) -> tuple[Tensor, Tensor, NamedRows | None]:
         weighed = inputs.weigh_fused(objective, backend, logps, 0, len(inputs.counted), 1)
         ctx.save_for_backward(weighed.coef)
         ctx.rows = inputs.rows

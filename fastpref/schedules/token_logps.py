@@ -63,7 +63,7 @@ class TokenLogps(torch.autograd.Function):
         if not keeps:  # autograd lets go of saved tensors only
             ctx.kept = None
         if kept is not None and of_entropy is None:
-            return kept.times(coef, keeps=keeps), *[None] * 8
+            return kept.times(coef, coef.new_ones(()), keeps=keeps), *[None] * 8
         with no_autocast(hidden):
             found = recomputed_gradients(
                 hidden,
