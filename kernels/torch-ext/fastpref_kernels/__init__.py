@@ -10,9 +10,13 @@ __all__ = ["HAS_TRITON", "unavailable_reason"]
 
 if HAS_TRITON:
     from .cases import CompileCase, compile_cases
-    from .configs import Epilogue
+    from .configs import Epilogue, exponentials_by, forward_by
     from .ops import (
         OPERATORS,
+        merge_statistics,
+        new_partials,
+        projection_anchored,
+        projection_exponentials,
         projection_statistics,
         row_gradients_,
         row_statistics,
@@ -21,15 +25,24 @@ if HAS_TRITON:
         weigh_pairs,
     )
     from .pairs import METRICS
-    from .rows import new_state
+    from .partials import Partials
+    from .primitives import ANCHORED_SCALE, SCALE
 
     __all__ += [
+        "ANCHORED_SCALE",
         "METRICS",
         "OPERATORS",
+        "SCALE",
         "CompileCase",
         "Epilogue",
+        "Partials",
         "compile_cases",
-        "new_state",
+        "exponentials_by",
+        "forward_by",
+        "merge_statistics",
+        "new_partials",
+        "projection_anchored",
+        "projection_exponentials",
         "projection_statistics",
         "row_gradients_",
         "row_statistics",
