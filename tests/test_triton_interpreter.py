@@ -652,12 +652,8 @@ def operator_arguments():
             hidden, weight, targets, *head, " ".join(STATS), index, torch.float32,
         ),
         "projection_exponentials": (
-            hidden[index], weight, targets, *head, " ".join(STATS), torch.float32, 64,
-            products.clone(),
-        ),
-        "projection_anchored": (
-            hidden[index], weight, targets, *head, " ".join(STATS), lse, products.clone(),
-            *slice_of(64),
+            hidden[index], weight, targets, *head, " ".join(STATS), torch.float32, lse,
+            products.clone(), *slice_of(64),
         ),
         "row_exponentials": (
             products, targets, *head, " ".join(STATS), products.clone(), *slice_of(256),

@@ -96,6 +96,12 @@ _PROJECTION_SMALL = {
     "sm_90": ProjectionConfig(128, 128, 64, 8, 4, descriptors=True),
     "sm_100": ProjectionConfig(128, 64, 64, 8, 4, descriptors=True),
 }
+# Both, and exponentials to be stored.
+_PROJECTION_SMALLEST = {
+    "sm_80": ProjectionConfig(128, 64, 64, 8, 3),
+    "sm_86": ProjectionConfig(128, 64, 32, 8, 3),
+    "sm_90": ProjectionConfig(128, 64, 64, 8, 4, descriptors=True),
+}
 # fp32 multiplies without tensor cores, fp64 with few: small tiles, for exactness and not for speed.
 _PROJECTION_WIDE = ProjectionConfig(32, 64, 16, 4, 2)
 _PROJECTION_INTERPRETED = ProjectionConfig(16, 64, 32, 1, 1)
@@ -145,6 +151,8 @@ def projection_config(
         # Addresses of pointer loads take registers too.
         if softcap or (found.descriptors and not describable):
             found = _PROJECTION_SMALL.get(name, found)
+        if softcap and rich:
+            found = _PROJECTION_SMALLEST.get(name, found)
     asked = os.environ.get("FASTPREF_PROJECTION")
     if asked:
         n, v, h, warps, stages = map(int, asked.split(","))

@@ -143,35 +143,6 @@ def projection_statistics(
 
 def projection_exponentials(
     hidden: Tensor,  # (n, H)
-    weight: Tensor,  # (V, H)
-    targets: Tensor,  # (n,) int64
-    bias: Tensor | None,  # (V,)
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    stats: str,  # names with spaces between
-    dtype: torch.dtype,  # operands are rounded to it
-    block: int,  # columns that share a peak
-    out: Tensor,  # (n, V) out
-) -> list[Tensor]:
-    """Statistics of all rows, then their peaks `(tiles, n)`; in `out` their exponentials."""
-    epilogue = Epilogue(bias, logit_scale, softcap, temperature)
-    rows, vocabulary = out.shape
-    config, wide = configuration(hidden, weight, dtype, softcap, stats, block), wide_dtype(dtype)
-    found = new_statistics(stats, hidden, rows, wide)
-    partials = new_partials(hidden, rows, vocabulary, stats, wide, block)
-    hidden = hidden.to(dtype)
-    for first, last in _weight_slices(weight, dtype, block):
-        _project(
-            hidden, weight[first:last].to(dtype), epilogue.sliced(first, last), targets, None,
-            out[:, first:last], None, partials, first // block, first, config,
-        )  # fmt: skip
-    merge_into(found, partials.values, partials.best, partials.target_z, targets, vocabulary)
-    return [*finished(found), partials.values[0].clone()]
-
-
-def projection_anchored(
-    hidden: Tensor,  # (n, H)
     weight: Tensor,  # (columns, H) of the vocabulary from `first` on
     targets: Tensor,  # (n,) int64
     bias: Tensor | None,  # (columns,)
@@ -179,7 +150,8 @@ def projection_anchored(
     softcap: float | None,
     temperature: float,
     stats: str,  # names with spaces between
-    anchors: Tensor,  # (n,) nats
+    dtype: torch.dtype,  # operands are rounded to it
+    anchors: Tensor | None,  # (n,) nats
     out: Tensor,  # (n, columns) out
     values: Tensor,  # (values, tiles, n) and the two below out, for these columns
     best: Tensor | None,  # (tiles, n)
@@ -188,13 +160,16 @@ def projection_anchored(
     tile: int,  # among all tiles of a row, the first of these columns
     first: int,
 ) -> None:
-    """Exponentials of a slice of the vocabulary relative to `anchors`, the targets' left out."""
-    columns = len(weight)
-    _project(
-        hidden, weight, Epilogue(bias, logit_scale, softcap, temperature), targets, None, out,
-        anchors, Partials(values, best, target_z, stats, block, columns, columns), tile, first,
-        configuration(hidden, weight, hidden.dtype, softcap, stats, block),
-    )  # fmt: skip
+    """Exponentials of all of the vocabulary or of a slice, and what `merge_statistics` needs."""
+    epilogue, columns = Epilogue(bias, logit_scale, softcap, temperature), len(weight)
+    config = configuration(hidden, weight, dtype, softcap, stats, block)
+    partials = Partials(values, best, target_z, stats, block, columns, columns)
+    hidden = hidden.to(dtype)
+    for a, b in _weight_slices(weight, dtype, block):
+        _project(
+            hidden, weight[a:b].to(dtype), epilogue.sliced(a, b), targets, None, out[:, a:b],
+            anchors, partials, tile + a // block, first + a, config,
+        )  # fmt: skip
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

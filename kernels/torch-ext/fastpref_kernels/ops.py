@@ -100,51 +100,7 @@ projection_op = _operator(
 )
 
 
-def projection_exponentials(
-    hidden: Tensor,  # (n, H)
-    weight: Tensor,  # (V, H)
-    targets: Tensor,  # (n,) int64
-    epilogue: Epilogue,
-    out: Tensor,  # (n, V) out, of any floating dtype; rows may lie apart
-    stats: tuple[str, ...] = (),
-    dtype: torch.dtype | None = None,  # operands are rounded to it; None for hidden's
-) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor, int]:
-    """As `projection_statistics`, and of each logit its exponential in `out`.
-
-    Returns:
-        Log-probabilities, log-sum-exps `(n,)` and statistics; the peaks `(n, ceil(V / block))`, the
-        largest logit of each row in each `block` columns, nats, −inf where a bias masks them all;
-        and `block`. `out[t, j]` is SCALE·e^(z_tj − peaks[t, j // block])·s_tj, where s is 1, or
-        1 − tanh² under a softcap. The sums that the statistics are made of have no s.
-    """
-    dtype = dtype or hidden.dtype
-    names = " ".join(stats)
-    block = forward.configuration(hidden, weight, dtype, epilogue.softcap, names).block_v
-    logps, lse, *extra, peaks = projection_exponentials_op(
-        hidden, weight, targets, *_of(epilogue), names, dtype, block, out
-    )
-    return logps, lse, dict(zip(stats, extra, strict=True)), peaks.T, block
-
-
-def _exponentials_shapes(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *given: Any
-) -> list[Tensor]:
-    *_, stats, dtype, block, _ = given
-    wide = forward.wide_dtype(dtype)
-    tiles = -(-len(weight) // block)
-    peaks = targets.new_empty((tiles, len(targets)), dtype=wide)
-    return [*_like_statistics(targets, wide, stats), peaks]
-
-
-projection_exponentials_op = _operator(
-    forward.projection_exponentials,
-    _exponentials_shapes,
-    matrices=("hidden", "weight", "out"),
-    mutates=("out",),
-)
-
-
-# --- slice after slice of the vocabulary --------------------------------------------------------
+# --- exponentials, and statistics slice after slice of the vocabulary ---------------------------
 
 
 def new_partials(
@@ -174,6 +130,29 @@ def new_partials(
     return partials.new_partials(hidden, len(hidden), vocabulary, names, wide, block, columns)
 
 
+def projection_exponentials(
+    hidden: Tensor,  # (n, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (n,) int64
+    epilogue: Epilogue,
+    out: Tensor,  # (n, V) out, of any floating dtype; rows may lie apart
+    stats: tuple[str, ...] = (),
+    dtype: torch.dtype | None = None,  # operands are rounded to it; None for hidden's
+) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor, int]:
+    """As `projection_statistics`, and of each logit its exponential in `out`.
+
+    Returns:
+        Log-probabilities, log-sum-exps `(n,)` and statistics; the peaks `(n, ceil(V / block))`, the
+        largest logit of each row in each `block` columns, nats, −inf where a bias masks them all;
+        and `block`. `out[t, j]` is SCALE·e^(z_tj − peaks[t, j // block])·s_tj, where s is 1, or
+        1 − tanh² under a softcap. The sums that the statistics are made of have no s.
+    """
+    partials = new_partials(hidden, weight, epilogue, stats, dtype=dtype)
+    arguments = hidden, weight, targets, *_of(epilogue), partials.stats, dtype or hidden.dtype
+    projection_exponentials_op(*arguments, None, out, *_filled(partials, 0))
+    return *merge_statistics(partials, targets), partials.peaks, partials.block
+
+
 def projection_anchored(
     hidden: Tensor,  # (n, H), as it is multiplied
     weight: Tensor,  # (columns, H) of the vocabulary from `first` on, of the same dtype
@@ -196,15 +175,13 @@ def projection_anchored(
     """
     if out.dtype == torch.float16:
         raise ValueError("exponentials relative to an anchor do not fit into float16")
-    projection_anchored_op(
-        hidden, weight, targets, *_of(epilogue), partials.stats, anchors, out,
-        *_filled(partials, first),
-    )  # fmt: skip
+    arguments = hidden, weight, targets, *_of(epilogue), partials.stats, hidden.dtype
+    projection_exponentials_op(*arguments, anchors, out, *_filled(partials, first))
 
 
 _SLICE_WRITES = ("out", "values", "best", "target_z")
-projection_anchored_op = _operator(
-    forward.projection_anchored,
+projection_exponentials_op = _operator(
+    forward.projection_exponentials,
     lambda *args: None,
     matrices=("hidden", "weight", "out"),
     mutates=_SLICE_WRITES,
@@ -402,7 +379,6 @@ scaled_op = _operator(
 OPERATORS = (
     projection_op,
     projection_exponentials_op,
-    projection_anchored_op,
     row_exponentials_op,
     merge_op,
     row_statistics_op,

@@ -25,15 +25,13 @@ def tanh(x):
     """tanh to the last bits of fp32 and fp64, without a library call, and 1 − tanh²."""
     size = tl.abs(x)
     e = tl.exp(-2.0 * size)
-    above_half = 1.0 / (1.0 + e)
-    rest = e * above_half
-    large = 1.0 - 2.0 * rest
+    large = (1.0 - e) / (1.0 + e)
     # Where 1 − e would cancel: Lambert's continued fraction, cut after its seventh level.
     s = size * size
     above = size * (135135.0 + s * (17325.0 + s * (378.0 + s)))
     below = 135135.0 + s * (62370.0 + s * (3150.0 + s * 28.0))
     found = tl.where(size < 0.5, above / below, large)
-    return tl.where(x < 0, -found, found), 4.0 * rest * above_half
+    return tl.where(x < 0, -found, found), 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
 @triton.jit
