@@ -90,15 +90,15 @@ _PROJECTION = {
 }
 # Statistics beyond log-sum-exp at 128 × 256 spill 880 bytes there.
 _PROJECTION_RICH = {"sm_100": ProjectionConfig(128, 128, 64, 8, 4, descriptors=True)}
-# A softcap keeps more of the tile alive at once than the large tile leaves registers for. There is
-# room for another stage instead.
+# A softcap keeps more of the tile alive at once than the large tile leaves registers for, the more
+# so where its slopes wait to be stored. There is room for another stage instead.
 _PROJECTION_SMALL = {
+    "sm_80": ProjectionConfig(128, 64, 64, 8, 3),
     "sm_90": ProjectionConfig(128, 128, 64, 8, 4, descriptors=True),
     "sm_100": ProjectionConfig(128, 64, 64, 8, 4, descriptors=True),
 }
-# Both, and exponentials to be stored.
+# Both at 128 × 128, and exponentials to be stored, spill 24 bytes (sm_90) and 184 bytes (sm_86).
 _PROJECTION_SMALLEST = {
-    "sm_80": ProjectionConfig(128, 64, 64, 8, 3),
     "sm_86": ProjectionConfig(128, 64, 32, 8, 3),
     "sm_90": ProjectionConfig(128, 64, 64, 8, 4, descriptors=True),
 }

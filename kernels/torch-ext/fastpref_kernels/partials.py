@@ -173,6 +173,7 @@ def merge_into(
             BLOCK_N=MERGE_N,
             BLOCK_T=MERGE_T,
             num_warps=4,
+            num_stages=1,
         )
 
 

@@ -199,6 +199,7 @@ def row_exponentials(
             BLOCK_N=config.block_n,
             BLOCK_V=block,
             num_warps=config.num_warps,
+            num_stages=1,
         )
 
 
@@ -242,6 +243,7 @@ def row_gradients_(
             BLOCK_N=config.block_n,
             BLOCK_V=config.block_v,
             num_warps=config.num_warps,
+            num_stages=1,
         )
 
 
