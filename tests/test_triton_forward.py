@@ -1,11 +1,10 @@
-"""Exponentials and slices of the forward kernels, against float64, and what makes a variant of them.
+"""Exponentials and slices of the forward kernels against float64, and what makes a variant.
 
 Interpreted as in `test_triton_interpreter.py`, in a process of their own.
 """
 
 import dataclasses
 import math
-import os
 
 import pytest
 import torch
@@ -13,8 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 import fastpref_kernels as kernels
-import triton
-from fastpref_kernels import Epilogue, configs, forward
+from fastpref_kernels import Epilogue, forward
 from test_triton_interpreter import (
     HEADS,
     INTERPRETED,

@@ -160,8 +160,8 @@ def projection_config(
     return replace(found, descriptors=found.descriptors and describable)
 
 
-# Who multiplies where either may: "tiles" is the projection kernel, "library" the library's products
-# read by the row kernel.
+# Who multiplies where either may: "tiles" is the projection kernel, "library" the library, whose
+# products the row kernel reads.
 FORWARD_BY = "tiles"
 EXPONENTIALS_BY = "tiles"
 

@@ -197,7 +197,7 @@ def store_tile(
         line_ptr = out_ptr + row.to(tl.int64)[:, None] * out_stride
         within = is_row[:, None] & is_column[None, :]
         tl.store(line_ptr + column[None, :], rounded(e, out_ptr.dtype.element_ty), within)
-        if anchors_ptr is not None:
+        if anchors_ptr is not None:  # noqa: SIM102  (decided when compiled, the next for each tile)
             if has_target:
                 tl.debug_barrier()  # another thread may have stored what is overwritten
                 nothing = tl.zeros((z.shape[0],), out_ptr.dtype.element_ty)
