@@ -259,7 +259,7 @@ def test_projection_by_descriptors(hidden_size, index, monkeypatch, poison):
     described = []
     launch = forward._project
     monkeypatch.setattr(
-        forward, "_project", lambda *args: (described.append(args[-2].descriptors), launch(*args))
+        forward, "_project", lambda *args: (described.append(args[-1].descriptors), launch(*args))
     )
     config = dataclasses.replace(configs._PROJECTION_INTERPRETED, descriptors=True)
     monkeypatch.setattr(configs, "_PROJECTION_INTERPRETED", config)
@@ -386,36 +386,6 @@ def test_gradient_of_vocabulary_slices_is_that_of_the_whole(poison):
         products, targets, lse, coef, Epilogue(bias), torch.float64, entropy=entropy
     )
     assert torch.equal(torch.cat(slices, 1), whole)
-
-
-@interpreted
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_statistics_of_vocabulary_slices_are_those_of_the_whole(head, dtype, poison):
-    """Slices that end within blocks, one of a single column, one that the bias masks whole."""
-    n, v = 19, 700
-    products, targets, bias, coef, entropy_coef = make_products(n, v, dtype)
-    bias[100:400] = -math.inf
-    targets[(targets >= 100) & (targets < 400)] = 650
-    targets[::2] = (products + bias)[::2].argmax(-1)  # top-1 of every slice
-    given = (products, targets, bias, HEADS[head])
-    if "softcap" in HEADS[head]:  # it would make a masked logit finite
-        bias[100:400] = 0
-    truth, z, _ = of_products(*given, torch.float64, coef, None)
-    plain, _, _ = of_products(*given, torch.float32, coef, None)
-    epilogue, state = Epilogue(bias, **HEADS[head]), kernels.new_state(products)
-    for a, b in ((0, 100), (100, 101), (101, 400), (400, v)):
-        found, state = kernels.slice_statistics(
-            embedded(products[:, a:b]), targets, epilogue.sliced(a, b), STATS, a, v, state
-        )
-    logps, lse, extra = found
-    finite = {k: x for k, x in truth.items() if x.dtype == torch.bool or x.isfinite().all()}
-    found = {
-        name: x for name, x in ({"logps": logps, "lse": lse} | extra).items() if name in finite
-    }
-    assert len(found) >= 5
-    z = z.clamp(min=-1e3)
-    check_statistics(found, truth, plain, z, dtype)
 
 
 @interpreted
@@ -671,15 +641,27 @@ def operator_arguments():
     hidden, weight, bias = torch.randn(9, 8), torch.randn(37, 8), torch.randn(37)
     targets, index = torch.randint(0, 37, (6,)), torch.randperm(9)[:6]
     products, lse, coef = torch.randn(6, 37), torch.randn(6) + 4, torch.randn(6)
-    state = torch.randn(7, 6).abs()
     high, low = torch.randn(37, 8).bfloat16(), torch.randint(-128, 128, (37, 8)).to(torch.int8)
+    of_tiles = torch.rand(5, 2, 6), torch.randint(0, 37, (2, 6), dtype=torch.int32), torch.rand(6)
     head = (bias, 0.7, 4.0, 1.3)
     formula = UniDPO(balance=Balance(), nll_weight=0.5).formula()
+
+    def slice_of(block):
+        return *(tensor.clone() for tensor in of_tiles), block, 0, 0
+
     return {
         "projection_statistics": (
             hidden, weight, targets, *head, " ".join(STATS), index, torch.float32,
         ),
-        "row_statistics": (products, targets, *head, "entropy is_top1", 0, 37, state),
+        "projection_exponentials": (
+            hidden[index], weight, targets, *head, " ".join(STATS), torch.float32, lse,
+            products.clone(), *slice_of(64),
+        ),
+        "row_exponentials": (
+            products, targets, *head, " ".join(STATS), products.clone(), *slice_of(256),
+        ),
+        "merge_statistics": (*of_tiles, targets, " ".join(STATS), 37),
+        "row_statistics": (products, targets, *head, "entropy is_top1"),
         "row_gradients_": (
             products, targets, lse, coef, *head, torch.float32, 0, lse - 3, coef + 1, True,
         ),
@@ -727,14 +709,23 @@ def between(tensor):
 LAYOUTS = {
     "offset": embedded,
     "strided": between,
-    "transposed": lambda tensor: tensor.t().contiguous().t(),
+    "transposed": lambda tensor: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor,
     "expanded": lambda tensor: tensor[:1].expand_as(tensor) if tensor.dim() else tensor,
     "expanded along rows": lambda tensor: tensor[..., :1].expand_as(tensor),
 }
 
 
 # Written in place, in rows that may lie apart.
-ROWS_APART = {("row_gradients_", 0), ("gradients_", 0), ("keep_", 1), ("take_", 0), ("taken_", 0)}
+ROWS_APART = {
+    ("projection_exponentials", "out"),
+    ("row_exponentials", "products"),
+    ("row_exponentials", "out"),
+    ("row_gradients_", "products"),
+    ("gradients_", "exponentials"),
+    ("keep_", "high"),
+    ("take_", "high"),
+    ("taken_", "out"),
+}
 # Offsets increase, and no row is written twice.
 NOT_ALIKE = {("weigh_pairs", 1), ("keep_", 3), ("take_", 2), ("taken_", 3)}
 
@@ -751,6 +742,7 @@ def test_every_operator_takes_every_layout_of_every_argument(layout):
     checked = 0
     for operator in kernels.OPERATORS:
         name, written = operator._name, written_to(operator)
+        schema = operator._opoverload._schema.arguments
         for place, argument in enumerate(operator_arguments()[name]):
             if not isinstance(argument, torch.Tensor) or argument.dim() == 0:
                 continue
@@ -762,16 +754,18 @@ def test_every_operator_takes_every_layout_of_every_argument(layout):
                 given = [*operator_arguments()[name]]
                 given[place] = value
                 dense = value.is_contiguous() or (
-                    layout == "offset" and (name, place) in ROWS_APART
+                    layout == "offset" and (name, schema[place].name) in ROWS_APART
                 )
                 if place in written and not dense:
                     with pytest.raises(ValueError, match="written in place and must be dense"):
                         operator(*given)
                     continue
                 out = operator(*given)
-                results.append([given[i].clone() for i in written] if written else out)
+                results.append(
+                    [given[i].clone() for i in written] + list(() if out is None else out)
+                )
             if len(results) == 2:
-                for expected, found in zip(*map(list, results), strict=True):
+                for expected, found in zip(*results, strict=True):
                     assert torch.equal(found.nan_to_num(), expected.nan_to_num()), (name, place)
                     checked += 1
     assert checked > 30

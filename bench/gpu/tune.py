@@ -111,7 +111,7 @@ def _projection(setup: Setup, candidate: str, stats: tuple[str, ...]) -> list[di
 
     def measure() -> list[dict[str, Any]]:
         name = configs.architecture(torch.device(setup.device))
-        taken = configs.projection_config(name, torch.bfloat16, rich=bool(stats))
+        taken = configs.projection_config(name, torch.bfloat16, rich=bool(stats), softcap=False)
         _expect(candidate, taken)
         what = "forward only" + ", all statistics" * bool(stats)
         return [_forward(setup, what, f"tile kernel {candidate}", forward)]
@@ -136,15 +136,13 @@ def _folded(hidden: Tensor, weight: Tensor, targets: Tensor, columns: int) -> tu
     vocabulary = len(weight)
     columns = min(columns, vocabulary)
     buffer = torch.empty(len(hidden), columns, dtype=torch.float32, device=hidden.device)
-    state = kernels.new_state(buffer)
+    partials = kernels.new_partials(hidden, weight, Epilogue(), columns=columns, by="library")
     for first in range(0, vocabulary, columns):
         part = weight[first : first + columns]
         out = buffer[:, : len(part)]
         _multiply(hidden, part.T, out)
-        found, state = kernels.slice_statistics(
-            out, targets, Epilogue(), (), first, vocabulary, state
-        )
-    return found[:2]
+        kernels.slice_statistics(out, targets, Epilogue(), partials, first)
+    return kernels.merge_statistics(partials, targets)[:2]
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:

@@ -28,6 +28,12 @@ from fastpref.objectives import PairFormula
 
 scaled = kernels.scaled
 
+# Rows of the head gathered at a time.
+_GATHERED = 256
+# Nats. A row whose log-sum-exp is further above its target's logit has log-probabilities, but NaN
+# in place of a gradient: its exponentials, relative to the target's, leave float32.
+_MOST_ABOVE = 145.0
+
 
 def forward(
     hidden: Tensor,  # (M, H)
@@ -85,27 +91,49 @@ def forward_with_gradients(
     buffer: Tensor,  # (n, columns)
     stats: tuple[str, ...],
 ) -> tuple[RowStats, Tensor]:
-    operand, dtype, epilogue = as_operand(hidden, head), product_dtype(head), _epilogue(head)
+    operand, dtype, epilogue = hidden.to(head.compute_dtype), _anchored_dtype(head), _epilogue(head)
     grad = hidden.new_zeros(hidden.shape, dtype=head.accumulate_dtype)
-    state, vocabulary = kernels.new_state(buffer), len(head.weight)
-    lowest = torch.finfo(buffer.dtype).min  # a slice that a bias masks whole adds nothing
-    ones = torch.ones_like(state[0])
-    lse = ones * lowest
-    for first, last, weight in weight_slices(head, buffer.shape[1]):
-        products, of_columns = buffer[:, : last - first], epilogue.sliced(first, last)
-        product_into(operand, weight.T, out=products)
-        found, state = kernels.slice_statistics(
-            products, targets, of_columns, stats, first, vocabulary, state
+    anchors, columns = _target_logits(operand, targets, head), buffer.shape[1]
+    partials = kernels.new_partials(operand, head.weight, epilogue, stats, columns)
+    for first in range(0, len(head.weight), columns):
+        weight = head.weight[first : first + columns].to(operand.dtype)
+        exponentials = buffer.view(dtype)[:, : len(weight)]
+        of_columns = epilogue.sliced(first, first + len(weight))
+        kernels.projection_anchored(
+            operand, weight, targets, of_columns, anchors, exponentials, partials, first
         )
-        rows = RowStats(*found)
-        before, lse = lse, rows.lse.clamp(min=lowest)
-        grad.mul_((before - lse).exp_()[:, None])
-        grad_logits = kernels.row_gradients_(
-            products, targets, lse, ones, of_columns, dtype, first, at_target=False
-        )
-        add_product(grad, grad_logits, weight)
+        add_product(grad, exponentials, weight.to(dtype))
+    rows = RowStats(*kernels.merge_statistics(partials, targets))
+    above = rows.lse - anchors
+    half = torch.exp(-0.5 * above)  # of the whole, which may vanish
+    share = half / kernels.ANCHORED_SCALE * half * (-head.logit_scale / head.temperature)
+    grad.mul_(share.masked_fill(above > _MOST_ABOVE, torch.nan)[:, None])
     add_target_rows(grad, operand, rows, targets, head)
     return rows, grad
+
+
+def _anchored_dtype(head: Head) -> torch.dtype:
+    """Of exponentials that are multiplied: the products', or float32 for what float16 cannot hold.
+
+    float16's rows of the head are exact in float32 and would not be in bfloat16.
+    """
+    dtype = product_dtype(head)
+    return head.accumulate_dtype if dtype == torch.float16 else dtype
+
+
+def _target_logits(operand: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """Each row's logit of its target `(n,)`, in accumulate_dtype."""
+    dtype, found = head.accumulate_dtype, []
+    for rows, of_rows in zip(operand.split(_GATHERED), targets.split(_GATHERED), strict=True):
+        weight = head.weight[of_rows].to(head.compute_dtype).to(dtype)
+        found.append(torch.linalg.vecdot(weight, rows.to(dtype)))
+    z = torch.cat(found)
+    if head.bias is not None:
+        z += head.bias[targets].to(dtype)
+    z *= head.logit_scale
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    return z / head.temperature
 
 
 def recompute_backward(

@@ -4,6 +4,9 @@ Each kernel is compiled in its default configuration for each architecture. It m
 its shared memory must fit; half-precision products must be the architecture's own matrix
 instructions. NVIDIA's cubins are read by the `cuobjdump` that ships inside the triton wheel, AMD's
 code objects by their own metadata.
+
+Instructions are those of the compiled kernel as it lies in memory, each once, whether it runs for
+every tile, for few of them or for none; beside them, how many of a block's elements a thread has.
 """
 
 from __future__ import annotations
@@ -60,6 +63,8 @@ class Compiled:
     spilled: int  # stack and local memory a thread
     shared: int  # a block
     matrix_instruction: str  # "" if the kernel has none
+    instructions: int  # of the whole kernel
+    elements: int  # of a block of rows × vocabulary, a thread; 0 for kernels without one
 
     def faults(self, expects_matrix: bool) -> list[str]:
         """Why this may not ship; empty if it may."""
@@ -82,7 +87,7 @@ def compile_case(case: fastpref_kernels.CompileCase, architecture: str) -> Compi
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     binary = triton.compile(source, target=_target(architecture), options=options)
     read = _read_cubin if architecture.startswith("sm_") else _read_code_object
-    registers, spilled = read(binary.asm)
+    registers, spilled, instructions = read(binary.asm)
     text = binary.asm.get("ptx") or binary.asm["amdgcn"]
     instruction = MATRIX_INSTRUCTION[architecture]
     return Compiled(
@@ -96,6 +101,8 @@ def compile_case(case: fastpref_kernels.CompileCase, architecture: str) -> Compi
         spilled=spilled,
         shared=binary.metadata.shared,
         matrix_instruction=instruction if instruction in text else "",
+        instructions=instructions,
+        elements=_elements(case.constants) // (case.num_warps * _target(architecture).warp_size),
     )
 
 
@@ -114,7 +121,8 @@ def tables_of(found: list[tuple[Compiled, list[str]]]) -> Iterator[Table]:
     for architecture in dict.fromkeys(compiled.architecture for compiled, _ in found):
         table = new_table(
             f"{architecture}, compiled ahead of time by triton {triton.__version__}, no GPU needed",
-            *("kernel", "blocks", "warps", "registers", "spilled\nB", "shared\nKiB", "matrix"),
+            *("kernel", "blocks", "warps", "registers", "spilled\nB", "shared\nKiB"),
+            *("instruc-\ntions", "matrix"),
         )
         for compiled, faults in found:
             if compiled.architecture == architecture:
@@ -126,6 +134,7 @@ def tables_of(found: list[tuple[Compiled, list[str]]]) -> Iterator[Table]:
                     str(compiled.registers),
                     str(compiled.spilled),
                     f"{compiled.shared / KIB:.1f}",
+                    str(compiled.instructions),
                     compiled.matrix_instruction,
                 )
         yield table
@@ -136,7 +145,13 @@ def write(found: list[tuple[Compiled, list[str]]], path: Path) -> None:
     content = {
         "triton": triton.__version__,
         "torch": torch.__version__.split("+")[0],
-        "units": {"registers": "a thread", "spilled": "bytes a thread", "shared": "bytes a block"},
+        "units": {
+            "registers": "a thread",
+            "spilled": "bytes a thread",
+            "shared": "bytes a block",
+            "instructions": "of the compiled kernel, each once",
+            "elements": "rows × vocabulary of a block, a thread",
+        },
         "kernels": [dataclasses.asdict(compiled) for compiled, _ in found],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,21 +164,34 @@ def _target(architecture: str) -> GPUTarget:
     return GPUTarget("hip", architecture, 64)
 
 
-def _read_cubin(asm: dict) -> tuple[int, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def _elements(constants: dict) -> int:
+    """Of a block of rows × vocabulary; 0 without one."""
+    return constants.get("BLOCK_N", 0) * constants.get("BLOCK_V", 0)
+
+
+def _read_cubin(asm: dict) -> tuple[int, int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (_number(f"{name}:", text) for name in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _tool("nvdisasm", "--print-code", file.name)
+    registers, stack, local = (_number(f"{name}:", usage) for name in ("REG", "STACK", "LOCAL"))
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)", code, re.MULTILINE)
+    return registers, stack + local, len(instructions)
 
 
-def _read_code_object(asm: dict) -> tuple[int, int]:
+def _tool(name: str, *arguments: str) -> str:
+    """What one of the tools inside the triton wheel prints."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    command = [str(path), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _read_code_object(asm: dict) -> tuple[int, int, int]:
     names = "vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"
     registers, vector, scalar, private = (_number(f".{name}:", asm["amdgcn"]) for name in names)
-    return registers, 4 * (vector + scalar) + private
+    instructions = re.findall(r"^\s+(?:v|s|ds|global|buffer|flat)_", asm["amdgcn"], re.MULTILINE)
+    return registers, 4 * (vector + scalar) + private, len(instructions)
 
 
 def _number(label: str, text: str) -> int:

@@ -10,7 +10,7 @@ __all__ = ["HAS_TRITON", "unavailable_reason"]
 
 if HAS_TRITON:
     from .cases import CompileCase, compile_cases
-    from .configs import Epilogue
+    from .configs import Epilogue, exponentials_by, forward_by
     from .ops import (
         OPERATORS,
         accumulate_,
@@ -18,6 +18,10 @@ if HAS_TRITON:
         fitted,
         gradients_,
         keep_,
+        merge_statistics,
+        new_partials,
+        projection_anchored,
+        projection_exponentials,
         projection_statistics,
         row_gradients_,
         row_statistics,
@@ -27,10 +31,11 @@ if HAS_TRITON:
         weigh_pairs,
     )
     from .pairs import METRICS
-    from .primitives import SCALE
-    from .rows import new_state
+    from .partials import Partials
+    from .primitives import ANCHORED_SCALE, SCALE
 
     __all__ += [
+        "ANCHORED_SCALE",
         "METRICS",
         "OPERATORS",
         "SCALE",
@@ -39,10 +44,16 @@ if HAS_TRITON:
         "accumulate_",
         "add_weight_gradient_",
         "compile_cases",
+        "exponentials_by",
         "fitted",
+        "forward_by",
         "gradients_",
         "keep_",
-        "new_state",
+        "merge_statistics",
+        "new_partials",
+        "Partials",
+        "projection_anchored",
+        "projection_exponentials",
         "projection_statistics",
         "row_gradients_",
         "row_statistics",

@@ -16,11 +16,12 @@ from .configs import (
     rows_config,
     weight_gradient_config,
 )
-from .forward import BAND, MERGE_N, MERGE_T, merge_kernel, projection_kernel
+from .forward import BAND, projection_kernel
 from .gradients import gradients_kernel
 from .operands import fitted_kernel, keep_kernel, take_kernel
 from .pairs import BLOCK_TOKENS, LINKS, pair_weighting_kernel
-from .rows import row_gradients_kernel, row_statistics_kernel
+from .partials import MERGE_N, MERGE_T, merge_kernel
+from .rows import row_exponentials_kernel, row_gradients_kernel
 from .scale import BLOCK_ELEMENTS, scale_kernel
 from .weight_gradient import BAND as BAND_H
 from .weight_gradient import BLOCK_ELEMENTS as BLOCK_SUMMED
@@ -57,16 +58,28 @@ def compile_cases(architecture: str) -> list[CompileCase]:
     """Every kernel that a device of this architecture runs by default."""
     half = torch.bfloat16
     cases = [
-        _projection(architecture, half, rich=False),
+        _projection(architecture, half),
         _projection(architecture, half, rich=True),
-        _projection(architecture, torch.float16, rich=False),
-        _projection(architecture, torch.float32, rich=True),
+        _projection(architecture, half, rich=True, softcap=True),
+        _projection(architecture, half, out="fp16"),
+        _projection(architecture, half, rich=True, out="fp16"),
+        _projection(architecture, half, softcap=True, out="fp16"),
+        _projection(architecture, half, rich=True, softcap=True, out="fp16"),
+        _projection(architecture, half, out="bf16", anchored=True),
+        _projection(architecture, half, rich=True, out="bf16", anchored=True),
+        _projection(architecture, half, softcap=True, out="bf16", anchored=True),
+        _projection(architecture, half, rich=True, softcap=True, out="bf16", anchored=True),
+        _projection(architecture, torch.float16),
+        _projection(architecture, torch.float32, rich=True, softcap=True),
+        _projection(
+            architecture, torch.float32, rich=True, softcap=True, out="fp32", anchored=True
+        ),
         _merge(rich=False),
         _merge(rich=True),
-        _row_statistics(rich=False),
-        _row_statistics(rich=True),
-        _row_statistics(rich=False, sliced=True),
-        _row_statistics(rich=True, sliced=True),
+        _row_exponentials(rich=False),
+        _row_exponentials(rich=True),
+        _row_exponentials(rich=False, out="fp16"),
+        _row_exponentials(rich=True, out="fp16"),
         _row_gradients(half, rich=False),
         _row_gradients(half, rich=False, at_target=False),
         _row_gradients(half, rich=True),
@@ -88,41 +101,62 @@ def compile_cases(architecture: str) -> list[CompileCase]:
         _take(half, split=True),
         _take(torch.float32, split=False),
     ]
-    if projection_config(architecture, half, rich=False).descriptors:
+    if projection_config(architecture, half, rich=False, softcap=False).descriptors:
         # Where rows or weight are not 16-byte aligned.
-        cases.insert(2, _projection(architecture, half, rich=True, describable=False))
+        cases.insert(3, _projection(architecture, half, rich=True, softcap=True, describable=False))
         cases.append(_weight_gradient(architecture, add=True, describable=False))
     return cases
 
 
 def _projection(
-    architecture: str, dtype: torch.dtype, *, rich: bool, describable: bool = True
+    architecture: str,
+    dtype: torch.dtype,
+    *,
+    rich: bool = False,
+    softcap: bool = False,
+    describable: bool = True,
+    out: str | None = None,
+    anchored: bool = False,
 ) -> CompileCase:
-    config = projection_config(architecture, dtype, rich=rich, describable=describable)
+    config = projection_config(
+        architecture, dtype, rich=rich, softcap=softcap, describable=describable
+    )
     descriptors = config.descriptors
     name = _NAMES[dtype]
-    types = _types(projection_kernel, bias_ptr=f"*{name}", index_ptr="*i64", best_ptr="*i32")
+    types = _types(
+        projection_kernel,
+        bias_ptr=f"*{name}",
+        index_ptr="*i64",
+        best_ptr="*i32",
+        out_ptr=f"*{out}",
+    )
     for operand, rows in (("hidden", config.block_n), ("weight", config.block_v)):
         block = f"tensordesc<{name}[{rows},{config.block_h}]>"
         types[operand] = block if descriptors else f"*{name}"
     return _case(
         projection_kernel,
-        f"{name}{', all statistics' if rich else ''}{'' if descriptors else ', pointers'}",
+        ", ".join(
+            [name]
+            + ["all statistics"] * rich
+            + ["softcap"] * softcap
+            + ["anchored" if anchored else "exponentials"] * (out is not None)
+            + ["pointers"] * (not descriptors)
+        ),
         types,
-        _head(rich)
+        _head(bias=rich, softcap=softcap)
         | _absent("best_ptr", unless=rich)
-        | _absent("index_ptr", unless=not descriptors)
+        | _absent("out_ptr", unless=out is not None)
+        | _absent("anchors_ptr", unless=anchored)
+        | _absent("index_ptr", unless=not descriptors and out is None)
+        | _sums(rich)
         | {
             "HIDDEN_SIZE": _HIDDEN_SIZE,
-            "HAS_ENTROPY": rich,
-            "HAS_MEAN": rich,
-            "HAS_LOG_SUM_SQ": rich,
             "HAS_DESCRIPTORS": descriptors,
             "UPCAST": False,
             "BAND": BAND,
         }
         | _blocks(config),
-        aligned=("hidden_stride", "weight_stride", "columns"),
+        aligned=("hidden_stride", "weight_stride", "out_stride", "columns"),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         multiplies=dtype.itemsize == 2,
@@ -141,17 +175,18 @@ def _merge(*, rich: bool) -> CompileCase:
     )
 
 
-def _row_statistics(*, rich: bool, sliced: bool = False) -> CompileCase:
+def _row_exponentials(*, rich: bool, out: str | None = None) -> CompileCase:
     config = rows_config()
     return _case(
-        row_statistics_kernel,
-        ", ".join(["all statistics"] * rich + ["of slices"] * sliced),
-        _types(row_statistics_kernel, bias_ptr="*bf16", is_top1_ptr="*i8"),
-        _head(rich)
-        | _statistics(rich)
-        | _absent("state_ptr", unless=sliced)
+        row_exponentials_kernel,
+        ", ".join(["all statistics"] * rich + ["exponentials"] * (out is not None)),
+        _types(row_exponentials_kernel, bias_ptr="*bf16", best_ptr="*i32", out_ptr=f"*{out}"),
+        _head(bias=rich, softcap=rich)
+        | _sums(rich)
+        | _absent("best_ptr", unless=rich)
+        | _absent("out_ptr", unless=out is not None)
         | {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v},
-        aligned=("columns", "stride"),
+        aligned=("columns", "stride", "out_stride"),
         num_warps=config.num_warps,
     )
 
@@ -162,7 +197,7 @@ def _row_gradients(dtype: torch.dtype, *, rich: bool, at_target: bool = True) ->
         row_gradients_kernel,
         ", ".join([_NAMES[dtype]] + ["entropy"] * rich + ["without the target"] * (not at_target)),
         _types(row_gradients_kernel, bias_ptr="*bf16", grad_ptr=f"*{_NAMES[dtype]}"),
-        _head(rich)
+        _head(bias=rich, softcap=rich)
         | _absent("entropy_ptr", "entropy_coef_ptr", unless=rich)
         | {
             "HAS_TARGET": at_target,
@@ -328,8 +363,15 @@ def _case(
     multiplies: bool = False,
 ) -> CompileCase:
     run_time = {name: of for name, of in types.items() if name not in constants}
-    unaligned = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
-    pointers = tuple(n for n, of in run_time.items() if of.startswith("*") and n not in unaligned)
+    for parameter in kernel.params:
+        if parameter.annotation_type and parameter.name in run_time:
+            run_time[parameter.name] = parameter.annotation_type
+    pointers = tuple(
+        parameter.name
+        for parameter in kernel.params
+        if run_time.get(parameter.name, "").startswith("*")
+        and not parameter.do_not_specialize_on_alignment
+    )
     return CompileCase(
         kernel, variant, run_time, constants, pointers + aligned, num_warps, num_stages, multiplies
     )
@@ -349,9 +391,12 @@ def _blocks(config: ProjectionConfig) -> dict[str, int]:
     return {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_H": config.block_h}
 
 
-def _head(rich: bool) -> dict[str, Any]:
-    scalars = {"INNER": 1.0, "OUTER": 1.0, "HAS_SOFTCAP": rich}
-    return scalars | _absent("bias_ptr", unless=rich)
+def _head(*, bias: bool, softcap: bool) -> dict[str, Any]:
+    return {"HAS_SOFTCAP": softcap} | _absent("bias_ptr", unless=bias)
+
+
+def _sums(rich: bool) -> dict[str, Any]:
+    return {"HAS_ENTROPY": rich, "HAS_MEAN": rich, "HAS_LOG_SUM_SQ": rich}
 
 
 def _statistics(rich: bool) -> dict[str, None]:

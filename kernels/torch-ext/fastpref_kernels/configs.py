@@ -8,9 +8,12 @@ environment variable tries one without changing it:
     FASTPREF_ROWS=1,4096,8                 BLOCK_N,BLOCK_V,warps
     FASTPREF_WEIGHT_GRADIENT=library       or kernel: who multiplies for the head's gradient
     FASTPREF_WEIGHT_TILES=64,128,256,8,3   BLOCK_N,BLOCK_V,BLOCK_H,warps,stages
+    FASTPREF_FORWARD=library               who multiplies where statistics are all that is wanted
+    FASTPREF_EXPONENTIALS=library          and where exponentials are stored
 """
 
 import functools
+import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +22,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+# Kernels that sum exponentials take logits in units of ln 2: what the hardware has is 2^x.
+UNIT = math.log(2)
 # Decided when the kernels are decorated, at import; so is this.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -39,15 +44,15 @@ class Epilogue:
         bias = self.bias[first:last]
         return Epilogue(bias, self.logit_scale, self.softcap, self.temperature)
 
-    def flags(self) -> dict[str, bool | float]:
-        """The kernels' compile-time arguments; a head has one set of them for its whole life."""
+    def arguments(self, unit: float = 1.0) -> dict[str, bool | float]:
+        """The kernels' arguments of these names; logits come in units of so many nats."""
         if self.softcap is None:
             inner, outer = self.logit_scale / self.temperature, 1.0
         else:
             inner, outer = self.logit_scale / self.softcap, self.softcap / self.temperature
         return {
-            "INNER": float(inner),
-            "OUTER": float(outer),
+            "inner": float(inner),
+            "outer": float(outer) / unit,
             "HAS_SOFTCAP": self.softcap is not None,
         }
 
@@ -86,18 +91,26 @@ _PROJECTION = {
     # Accumulators live in tensor memory.
     "sm_100": ProjectionConfig(128, 256, 64, 8, 3, descriptors=True),
 }
-# A softcap or statistics beyond log-sum-exp keep more of the tile alive at once than the large tile
-# leaves registers for. There is room for another stage instead.
-_PROJECTION_RICH = {
+# Statistics beyond log-sum-exp at 128 × 256 spill 880 bytes there.
+_PROJECTION_RICH = {"sm_100": ProjectionConfig(128, 128, 64, 8, 4, descriptors=True)}
+# A softcap keeps more of the tile alive at once than the large tile leaves registers for, the more
+# so where its slopes wait to be stored. There is room for another stage instead.
+_PROJECTION_SMALL = {
+    "sm_80": ProjectionConfig(128, 64, 64, 8, 3),
     "sm_90": ProjectionConfig(128, 128, 64, 8, 4, descriptors=True),
     "sm_100": ProjectionConfig(128, 64, 64, 8, 4, descriptors=True),
+}
+# Both at 128 × 128, and exponentials to be stored, spill 24 bytes (sm_90) and 184 bytes (sm_86).
+_PROJECTION_SMALLEST = {
+    "sm_86": ProjectionConfig(128, 64, 32, 8, 3),
+    "sm_90": ProjectionConfig(128, 64, 64, 8, 4, descriptors=True),
 }
 # fp32 multiplies without tensor cores, fp64 with few: small tiles, for exactness and not for speed.
 _PROJECTION_WIDE = ProjectionConfig(32, 64, 16, 4, 2)
 _PROJECTION_INTERPRETED = ProjectionConfig(16, 64, 32, 1, 1)
 
-# One row a program: 16 bytes a load, 4 loads a thread in flight, and no shared memory to speak of.
-_ROWS = RowsConfig(1, 4096, 8)
+# One row a program: 16 bytes a load, 8 loads a thread in flight, and no shared memory to speak of.
+_ROWS = RowsConfig(1, 8192, 8)
 # The interpreter costs the same for a large block as for a small one.
 _ROWS_INTERPRETED = RowsConfig(16, 256, 1)
 
@@ -141,12 +154,13 @@ def architecture(device: torch.device) -> str:
 
 
 def projection_config(
-    name: str, dtype: torch.dtype, *, rich: bool, describable: bool = True
+    name: str, dtype: torch.dtype, *, rich: bool, softcap: bool, describable: bool = True
 ) -> ProjectionConfig:
     """Of an architecture by its name.
 
     Args:
-        rich: the epilogue does more than log-sum-exp.
+        rich: there are statistics beyond log-sum-exp.
+        softcap: the head has one.
         describable: tensor descriptors may point at the operands.
     """
     if INTERPRETED:
@@ -156,14 +170,41 @@ def projection_config(
     else:
         name = _nearest(name)
         found = _PROJECTION[name]
-        # Addresses of pointer loads take registers too.
-        if rich or (found.descriptors and not describable):
+        if rich:
             found = _PROJECTION_RICH.get(name, found)
+        # Addresses of pointer loads take registers too.
+        if softcap or (found.descriptors and not describable):
+            found = _PROJECTION_SMALL.get(name, found)
+        if softcap and rich:
+            found = _PROJECTION_SMALLEST.get(name, found)
     asked = os.environ.get("FASTPREF_PROJECTION")
     if asked:
         n, v, h, warps, stages = map(int, asked.split(","))
         found = ProjectionConfig(n, v, h, warps, stages, found.descriptors)
     return replace(found, descriptors=found.descriptors and describable)
+
+
+# Who multiplies where either may: "tiles" is the projection kernel, "library" the library, whose
+# products the row kernel reads.
+FORWARD_BY = "tiles"
+EXPONENTIALS_BY = "tiles"
+
+
+def forward_by() -> str:
+    """Who multiplies where statistics are all that is wanted."""
+    return _multiplier("FASTPREF_FORWARD", FORWARD_BY)
+
+
+def exponentials_by() -> str:
+    """Who multiplies where exponentials are stored."""
+    return _multiplier("FASTPREF_EXPONENTIALS", EXPONENTIALS_BY)
+
+
+def _multiplier(variable: str, default: str) -> str:
+    found = os.environ.get(variable) or default
+    if found not in ("tiles", "library"):
+        raise ValueError(f"{variable} must be 'tiles' or 'library', got {found!r}")
+    return found
 
 
 def rows_config() -> RowsConfig:

@@ -1,47 +1,39 @@
 """Projection to log-probability: hidden states in, statistics of each row out, no logits between.
 
-    1  a persistent kernel takes tile after tile of rows × vocabulary, multiplies, applies the
-       head's epilogue to the accumulators and leaves, for each row of the tile, its maximum and
-       its sum of exponentials (and on request three more sums and the place of the maximum);
-       the one tile that holds a row's target also leaves the target's logit
-    2  a small kernel merges a row's tiles
-
-Each value has one writer, so there are no locks, no atomics, and two runs agree bit for bit. The
-tiles' values are `(tiles, n)`: 8 bytes a row and tile.
+A persistent kernel takes tile after tile of rows × vocabulary, multiplies, applies the head's
+epilogue to the accumulators and leaves what `partials.py` merges. On request it also stores the
+exponentials of a tile, for the gradient to be made of them without another product: each relative
+to its row's peak in the tile, or to an anchor of its row that is known in advance.
 """
-
-from collections.abc import Collection
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import INTERPRETED, Epilogue, ProjectionConfig, architecture, projection_config
-from .primitives import (
-    head_epilogue,
-    load_bias,
-    online_argmax_update,
-    online_softmax_update,
-    store_statistics,
-)
-from .rows import finished, new_statistics, statistics_pointers
+from .configs import INTERPRETED, UNIT, Epilogue, ProjectionConfig, architecture, projection_config
+from .partials import Partials, finished, merge_into, new_partials, new_statistics
+from .primitives import head_epilogue, load_bias, store_tile
 
 # What the tiles' values and a copy of the rows may take: more rows go in a launch of their own.
 _LAUNCH_BYTES = 32 * 2**20
 # Bytes of the weight converted at a time where the products do not take its dtype.
 _CONVERTED_BYTES = 64 * 2**20
 BAND = 8  # row blocks that share the weight's tiles while those are in the L2 cache
-MERGE_N, MERGE_T = 32, 32  # rows × tiles that the merge holds
 
 
-@triton.jit(do_not_specialize=["rows", "tile_offset", "first", "partial_stride"])
+@triton.jit(
+    do_not_specialize=["rows", "tile_offset", "first", "partial_stride"],
+    do_not_specialize_on_alignment=["index_ptr", "targets_ptr", "anchors_ptr", "target_z_ptr"],
+)
 def projection_kernel(
     hidden,  # (·, H) pointer, or descriptor of blocks (BLOCK_N, BLOCK_H)
     weight,  # (columns, H) pointer, or descriptor of blocks (BLOCK_V, BLOCK_H)
     bias_ptr,  # (columns,), or None
     index_ptr,  # (rows,) rows of hidden, or None for all
     targets_ptr,  # (rows,)
+    anchors_ptr,  # (rows,), or None
+    out_ptr,  # (rows, columns) exponentials out, or None
     target_z_ptr,  # (rows,) out
     partials_ptr,  # (values, tiles, rows) out
     best_ptr,  # (tiles, rows) out, or None
@@ -50,11 +42,12 @@ def projection_kernel(
     first,  # column of the vocabulary that weight begins with
     tile_offset,  # its tile
     partial_stride,  # tiles · rows
+    out_stride,
     hidden_stride,
     weight_stride,
+    inner: tl.float64,
+    outer: tl.float64,
     HIDDEN_SIZE: tl.constexpr,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_MEAN: tl.constexpr,
@@ -101,85 +94,14 @@ def projection_kernel(
                 product = tl.dot(left, right, product, input_precision="ieee", out_dtype=dtype)
 
         bias = load_bias(bias_ptr, column, is_column, dtype)
-        z, _ = head_epilogue(product, bias, INNER, OUTER, HAS_SOFTCAP)
-        out = (tile_offset + column_block).to(tl.int64) * rows + row
-        if HAS_MEAN:
-            sum_z = tl.sum(z, 1)  # beyond the vocabulary a logit is still 0 here
-            tl.store(partials_ptr + 2 * partial_stride + out, sum_z, is_row)
-        local = tl.load(targets_ptr + row, is_row, other=-1) - first  # (n,)
-        target_z = tl.sum(tl.where(column[None, :] == local[:, None], z, 0.0), 1)
-        has_target = (local >= column_block * BLOCK_V) & (local < (column_block + 1) * BLOCK_V)
-        tl.store(target_z_ptr + row, target_z, is_row & has_target & (local < columns))
-        z = tl.where(is_column[None, :], z, float("-inf"))
-        zero = tl.zeros((BLOCK_N,), dtype)
-        if best_ptr is not None:
-            start = first + column_block * BLOCK_V
-            best = online_argmax_update(
-                tl.full((BLOCK_N,), -1, tl.int32), zero + float("-inf"), z, start
-            )
-            tl.store(best_ptr + out, best, is_row)
-        peak, total, sum_ez, sum_ee = online_softmax_update(
-            zero + float("-inf"), zero, zero, zero, z, 1.0, None, 1.0, HAS_ENTROPY, HAS_LOG_SUM_SQ
-        )
-        tl.store(partials_ptr + out, peak, is_row)
-        tl.store(partials_ptr + partial_stride + out, total, is_row)
-        if HAS_ENTROPY:
-            tl.store(partials_ptr + 3 * partial_stride + out, sum_ez, is_row)
-        if HAS_LOG_SUM_SQ:
-            tl.store(partials_ptr + 4 * partial_stride + out, sum_ee, is_row)
-
-
-@triton.jit(do_not_specialize=["rows", "tiles", "partial_stride"])
-def merge_kernel(
-    partials_ptr,  # (values, tiles, rows)
-    best_ptr,  # (tiles, rows)
-    targets_ptr,  # (rows,)
-    target_z_ptr,  # (rows,)
-    logps_ptr,  # (rows,) out, as the five below, of which the last four may be None
-    lse_ptr,
-    entropy_ptr,
-    mean_logits_ptr,
-    is_top1_ptr,
-    log_sum_sq_ptr,
-    rows,
-    tiles,
-    partial_stride,
-    vocabulary,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_row = row < rows
-    target = tl.load(targets_ptr + row, is_row, other=0)
-    target_z = tl.load(target_z_ptr + row, is_row, other=0.0)
-    zero = tl.zeros((BLOCK_N,), partials_ptr.dtype.element_ty)
-    peak, total, sum_ez, sum_ee = zero + float("-inf"), zero, zero, zero
-    sum_z, best = zero, tl.full((BLOCK_N,), -1, tl.int32)
-    for start in range(0, tiles, BLOCK_T):
-        tile = start + tl.arange(0, BLOCK_T)
-        there = partials_ptr + tile.to(tl.int64)[None, :] * rows + row[:, None]  # (n, tiles)
-        within = is_row[:, None] & (tile < tiles)[None, :]
-        tile_peak = tl.load(there, within, other=float("-inf"))
-        if is_top1_ptr is not None:
-            which = online_argmax_update(zero.to(tl.int32) - 1, peak, tile_peak, start)
-            place = best_ptr + which.to(tl.int64) * rows + row
-            best = tl.where(which < 0, best, tl.load(place, is_row & (which >= 0), other=-1))
-        if mean_logits_ptr is not None:
-            sum_z += tl.sum(tl.load(there + 2 * partial_stride, within, other=0.0), 1)
-        tile_total = tl.load(there + partial_stride, within, other=0.0)
-        tile_ez, tile_ee = None, None
-        if entropy_ptr is not None:
-            tile_ez = tl.load(there + 3 * partial_stride, within, other=0.0)
-        if log_sum_sq_ptr is not None:
-            tile_ee = tl.load(there + 4 * partial_stride, within, other=0.0)
-        peak, total, sum_ez, sum_ee = online_softmax_update(
-            peak, total, sum_ez, sum_ee, tile_peak, tile_total, tile_ez, tile_ee,
-            entropy_ptr is not None, log_sum_sq_ptr is not None,
+        z, slope = head_epilogue(product, bias, inner, outer, HAS_SOFTCAP)
+        local = (tl.load(targets_ptr + row, is_row, other=-1) - first).to(tl.int32)
+        store_tile(
+            z, slope, row, is_row, local, column_block * BLOCK_V, columns, first,
+            tile_offset + column_block, rows, out_ptr, anchors_ptr,
+            (partials_ptr, partial_stride, best_ptr, target_z_ptr, out_stride),
+            HAS_ENTROPY, HAS_MEAN, HAS_LOG_SUM_SQ,
         )  # fmt: skip
-    store_statistics(
-        (logps_ptr, lse_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_ptr),
-        row, is_row, (peak, total, sum_ez, sum_ee), sum_z / vocabulary, best == target, target_z,
-    )  # fmt: skip
 
 
 def projection_statistics(
@@ -196,56 +118,84 @@ def projection_statistics(
 ) -> list[Tensor]:
     """Log-probabilities, log-sum-exps and further statistics of all rows, launch by launch."""
     epilogue = Epilogue(bias, logit_scale, softcap, temperature)
-    wide = wide_dtype(dtype)
-    rows, (vocabulary, _) = len(targets), weight.shape
-    config = projection_config(
-        architecture(hidden.device),
-        dtype,
-        rich=bool(stats) or softcap is not None,
-        describable=_describable(hidden, dtype) and _describable(weight, dtype),
-    )
+    rows, (vocabulary, hidden_size) = len(targets), weight.shape
+    config, wide = configuration(hidden, weight, dtype, softcap, stats), wide_dtype(dtype)
     found = new_statistics(stats, hidden, rows, wide)
-    values = 5 if {"entropy", "log_sum_sq_probs"} & {*found} else 2 + ("mean_logits" in found)
-    slices = _weight_slices(weight, dtype, config.block_v)
-    tiles = triton.cdiv(vocabulary, config.block_v)
-
-    of_row = tiles * values * wide.itemsize + weight.shape[1] * dtype.itemsize
-    step = max(1, _LAUNCH_BYTES // of_row // config.block_n)
-    step *= config.block_n
+    of_row = new_partials(hidden, 1, vocabulary, stats, wide, config.block_v).values.nbytes
+    of_row += hidden_size * dtype.itemsize
+    step = max(1, _LAUNCH_BYTES // of_row // config.block_n) * config.block_n
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         n = part.stop - part.start
-        partials = hidden.new_empty((values, tiles, n), dtype=wide)
-        best = None
-        if "is_top1" in found:
-            best = hidden.new_empty((tiles, n), dtype=torch.int32)
-        target_z = hidden.new_empty(n, dtype=wide)
+        partials = new_partials(hidden, n, vocabulary, stats, wide, config.block_v)
         left, left_index = _left_operand(hidden, index, part, dtype, config.descriptors)
-        for first, last in slices:
+        for first, last in _weight_slices(weight, dtype, config.block_v):
             _project(
                 left, weight[first:last].to(dtype), epilogue.sliced(first, last), targets[part],
-                left_index, target_z, partials, best, first, config, found.keys(),
+                left_index, None, None, partials, first // config.block_v, first, config,
             )  # fmt: skip
-        merge_kernel[(triton.cdiv(n, MERGE_N),)](
-            partials,
-            best,
-            targets[part],
-            target_z,
-            *statistics_pointers({name: x[part] for name, x in found.items()}),
-            n,
-            tiles,
-            tiles * n,
-            vocabulary,
-            BLOCK_N=MERGE_N,
-            BLOCK_T=MERGE_T,
-            num_warps=4,
+        of_part = {name: x[part] for name, x in found.items()}
+        merge_into(
+            of_part, partials.values, partials.best, partials.target_z, targets[part], vocabulary
         )
     return finished(found)
+
+
+def projection_exponentials(
+    hidden: Tensor,  # (n, H)
+    weight: Tensor,  # (columns, H) of the vocabulary from `first` on
+    targets: Tensor,  # (n,) int64
+    bias: Tensor | None,  # (columns,)
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    stats: str,  # names with spaces between
+    dtype: torch.dtype,  # operands are rounded to it
+    anchors: Tensor | None,  # (n,) nats
+    out: Tensor,  # (n, columns) out
+    values: Tensor,  # (values, tiles, n) and the two below out, for these columns
+    best: Tensor | None,  # (tiles, n)
+    target_z: Tensor,  # (n,)
+    block: int,
+    tile: int,  # among all tiles of a row, the first of these columns
+    first: int,
+) -> None:
+    """Exponentials of all of the vocabulary or of a slice, and what `merge_statistics` needs."""
+    epilogue, columns = Epilogue(bias, logit_scale, softcap, temperature), len(weight)
+    config = configuration(hidden, weight, dtype, softcap, stats, block)
+    partials = Partials(values, best, target_z, stats, block, columns, columns)
+    hidden = hidden.to(dtype)
+    for a, b in _weight_slices(weight, dtype, block):
+        _project(
+            hidden, weight[a:b].to(dtype), epilogue.sliced(a, b), targets, None, out[:, a:b],
+            anchors, partials, tile + a // block, first + a, config,
+        )  # fmt: skip
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of accumulators and results, for operands of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def configuration(
+    hidden: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    softcap: float | None,
+    stats: str,
+    block: int | None = None,  # that partials or peaks were made for
+) -> ProjectionConfig:
+    """How these operands are multiplied."""
+    config = projection_config(
+        architecture(hidden.device),
+        dtype,
+        rich=bool(stats),
+        softcap=softcap is not None,
+        describable=_describable(hidden, dtype) and _describable(weight, dtype),
+    )
+    if block not in (None, config.block_v):
+        raise ValueError(f"tiles have {config.block_v} columns, not {block}")
+    return config
 
 
 def _left_operand(
@@ -278,17 +228,19 @@ def _project(
     epilogue: Epilogue,
     targets: Tensor,  # (n,)
     index: Tensor | None,  # (n,)
-    target_z: Tensor,  # (n,) out, where the target is among these columns
-    partials: Tensor,  # (values, tiles, n) out, the tiles of these columns
-    best: Tensor | None,  # (tiles, n) out
+    out: Tensor | None,  # (n, columns) out
+    anchors: Tensor | None,  # (n,)
+    partials: Partials,  # out, of these columns
+    tile: int,
     first: int,
     config: ProjectionConfig,
-    stats: Collection[str],
 ) -> None:
-    rows, columns = len(targets), len(weight)
+    rows, columns, names = len(targets), len(weight), partials.stats.split()
     strides = hidden.stride(0), weight.stride(0)
-    _, tiles, _ = partials.shape
+    _, tiles, _ = partials.values.shape
     blocks = triton.cdiv(rows, config.block_n) * triton.cdiv(columns, config.block_v)
+    if not blocks:
+        return
     if config.descriptors:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -300,22 +252,25 @@ def _project(
         epilogue.bias,
         index,
         targets,
-        target_z,
-        partials,
-        best,
+        anchors,
+        out,
+        partials.target_z,
+        partials.values,
+        partials.best,
         rows,
         columns,
         first,
-        first // config.block_v,
+        tile,
         tiles * rows,
+        0 if out is None else out.stride(0),
         *strides,
         HIDDEN_SIZE=weight.shape[1],
-        **epilogue.flags(),
-        HAS_ENTROPY="entropy" in stats,
-        HAS_MEAN="mean_logits" in stats,
-        HAS_LOG_SUM_SQ="log_sum_sq_probs" in stats,
+        **epilogue.arguments(UNIT),
+        HAS_ENTROPY="entropy" in names,
+        HAS_MEAN="mean_logits" in names,
+        HAS_LOG_SUM_SQ="log_sum_sq_probs" in names,
         HAS_DESCRIPTORS=config.descriptors,
-        UPCAST=INTERPRETED and partials.dtype != torch.float64,
+        UPCAST=INTERPRETED and partials.values.dtype != torch.float64,
         BLOCK_N=config.block_n,
         BLOCK_V=config.block_v,
         BLOCK_H=config.block_h,

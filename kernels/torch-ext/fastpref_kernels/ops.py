@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import forward, gradients, operands, pairs, rows, scale, weight_gradient
-from .configs import Epilogue, device_of
+from . import forward, gradients, operands, pairs, partials, rows, scale, weight_gradient
+from .configs import Epilogue, device_of, rows_config
 from .pairs import Formula
+from .partials import Partials
 
 # Its own for each copy of this package that a process has loaded.
 _NAMESPACE = __package__.replace(".", "_").replace("-", "_")
@@ -30,7 +31,7 @@ def _operator(
     *,
     matrices: Sequence[str] = (),
     strided: Sequence[str] = (),
-    mutates: str = "",
+    mutates: Sequence[str] = (),
 ) -> Any:
     """A launcher as an operator: on its tensors' device, each tensor laid out as kernels read it.
 
@@ -47,7 +48,7 @@ def _operator(
         for argument, value in arguments.items():
             if isinstance(value, Tensor) and argument not in strided:
                 arguments[argument] = _laid_out(value, rows_apart=argument in matrices)
-                if argument in mutates.split() and arguments[argument] is not value:
+                if argument in mutates and arguments[argument] is not value:
                     raise ValueError(
                         f"{argument} is written in place and must be dense, got strides "
                         f"{value.stride()} of shape {tuple(value.shape)}"
@@ -56,7 +57,7 @@ def _operator(
             return launch(**arguments)
 
     name = f"{_NAMESPACE}::{launch.__name__}"
-    operator = custom_op(name, on_device, mutates_args=mutates.split())
+    operator = custom_op(name, on_device, mutates_args=mutates)
     operator.register_fake(shapes)
     return operator
 
@@ -101,6 +102,152 @@ projection_op = _operator(
 )
 
 
+# --- exponentials, and statistics slice after slice of the vocabulary ---------------------------
+
+
+def new_partials(
+    hidden: Tensor,  # (n, H)
+    weight: Tensor,  # (V, H)
+    epilogue: Epilogue,
+    stats: tuple[str, ...] = (),
+    columns: int | None = None,  # of each slice but the last; None for all
+    dtype: torch.dtype | None = None,  # of the operands; None for hidden's
+    by: str = "tiles",  # or "library": `slice_statistics` of products instead
+) -> Partials:
+    """For the values of all slices, uninitialised: each slice fills its own, in any order.
+
+    Raises:
+        ValueError: slices without a column; an unknown `by`.
+    """
+    dtype, vocabulary, names = dtype or hidden.dtype, len(weight), " ".join(stats)
+    if columns is not None and columns < 1:
+        raise ValueError(f"slices have at least one column, got {columns}")
+    if by == "tiles":
+        block = forward.configuration(hidden, weight, dtype, epilogue.softcap, names).block_v
+    elif by == "library":
+        block = rows_config().block_v
+    else:
+        raise ValueError(f"by must be 'tiles' or 'library', got {by!r}")
+    wide = forward.wide_dtype(dtype)
+    return partials.new_partials(hidden, len(hidden), vocabulary, names, wide, block, columns)
+
+
+def projection_exponentials(
+    hidden: Tensor,  # (n, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (n,) int64
+    epilogue: Epilogue,
+    out: Tensor,  # (n, V) out, of any floating dtype; rows may lie apart
+    stats: tuple[str, ...] = (),
+    dtype: torch.dtype | None = None,  # operands are rounded to it; None for hidden's
+) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor, int]:
+    """As `projection_statistics`, and of each logit its exponential in `out`.
+
+    Returns:
+        Log-probabilities, log-sum-exps `(n,)` and statistics; the peaks `(n, ceil(V / block))`, the
+        largest logit of each row in each `block` columns, nats, −inf where a bias masks them all;
+        and `block`. `out[t, j]` is SCALE·e^(z_tj − peaks[t, j // block])·s_tj, where s is 1, or
+        1 − tanh² under a softcap. The sums that the statistics are made of have no s.
+    """
+    partials = new_partials(hidden, weight, epilogue, stats, dtype=dtype)
+    arguments = hidden, weight, targets, *_of(epilogue), partials.stats, dtype or hidden.dtype
+    projection_exponentials_op(*arguments, None, out, *_filled(partials, 0))
+    return *merge_statistics(partials, targets), partials.peaks, partials.block
+
+
+def projection_anchored(
+    hidden: Tensor,  # (n, H), as it is multiplied
+    weight: Tensor,  # (columns, H) of the vocabulary from `first` on, of the same dtype
+    targets: Tensor,  # (n,) int64
+    epilogue: Epilogue,  # of these columns
+    anchors: Tensor,  # (n,) nats, in the partials' dtype
+    out: Tensor,  # (n, columns) out, bf16, fp32 or fp64; rows may lie apart
+    partials: Partials,
+    first: int,  # a multiple of the partials' columns
+) -> None:
+    """Exponentials of a slice of the vocabulary relative to anchors, and its partial statistics.
+
+    `out[t, j]` is ANCHORED_SCALE·e^(z_tj − anchors[t])·s_tj, s as in `projection_exponentials`; the
+    target's is 0, for the caller to add. Anchors are such that a row's largest logit is at most 148
+    nats above: beyond, exponentials are finite, but less than they should be. Below 27 nats under
+    the anchor they vanish.
+
+    Raises:
+        ValueError: float16, which has no such range; partials of other blocks or of other slices.
+    """
+    if out.dtype == torch.float16:
+        raise ValueError("exponentials relative to an anchor do not fit into float16")
+    arguments = hidden, weight, targets, *_of(epilogue), partials.stats, hidden.dtype
+    projection_exponentials_op(*arguments, anchors, out, *_filled(partials, first))
+
+
+_SLICE_WRITES = ("out", "values", "best", "target_z")
+projection_exponentials_op = _operator(
+    forward.projection_exponentials,
+    lambda *args: None,
+    matrices=("hidden", "weight", "out"),
+    mutates=_SLICE_WRITES,
+)
+
+
+def slice_statistics(
+    products: Tensor,  # (n, columns) W h of the vocabulary from `first` on; fp32 or fp64
+    targets: Tensor,  # (n,) int64
+    epilogue: Epilogue,  # of these columns
+    partials: Partials,
+    first: int,  # a multiple of the partials' columns
+    out: Tensor | None = None,  # (n, columns) out; rows may lie apart
+) -> None:
+    """Partial statistics of library products, and in `out` exponentials relative to their peaks.
+
+    As in `projection_exponentials`: where there are several slices, each must end with a block.
+
+    Raises:
+        ValueError: exponentials of slices that end within a block, or partials of other blocks.
+    """
+    several = partials.columns < partials.vocabulary
+    if out is not None and several and partials.columns % partials.block:
+        raise ValueError(
+            f"slices of {partials.columns} columns do not end with a block of {partials.block}"
+        )
+    row_exponentials_op(
+        products, targets, *_of(epilogue), partials.stats, out, *_filled(partials, first)
+    )
+
+
+row_exponentials_op = _operator(
+    rows.row_exponentials,
+    lambda *args: None,
+    matrices=("products", "out"),
+    mutates=_SLICE_WRITES,
+)
+
+
+def merge_statistics(
+    partials: Partials,  # of all slices
+    targets: Tensor,  # (n,) int64
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Log-probability and log-sum-exp `(n,)` of each row, nats, and the partials' statistics."""
+    logps, lse, *extra = merge_op(
+        partials.values, partials.best, partials.target_z, targets, partials.stats,
+        partials.vocabulary,
+    )  # fmt: skip
+    return logps, lse, dict(zip(partials.stats.split(), extra, strict=True))
+
+
+def _merge_shapes(values: Tensor, best: Any, target_z: Any, targets: Tensor, *given: Any) -> Any:
+    stats, _ = given
+    return _like_statistics(targets, values.dtype, stats)
+
+
+merge_op = _operator(partials.merge_statistics, _merge_shapes)
+
+
+def _filled(partials: Partials, first: int) -> tuple[Any, ...]:
+    of_slice = partials.block, partials.tile(first), first
+    return partials.values, partials.best, partials.target_z, *of_slice
+
+
 # --- rows of materialised products --------------------------------------------------------------
 
 
@@ -111,35 +258,12 @@ def row_statistics(
     stats: tuple[str, ...] = (),
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Log-probability and log-sum-exp `(n,)` of each row, nats, and the asked-for statistics."""
-    logps, lse, *extra = row_statistics_op(
-        products, targets, *_of(epilogue), " ".join(stats), 0, products.shape[1], None
-    )
+    logps, lse, *extra = row_statistics_op(products, targets, *_of(epilogue), " ".join(stats))
     return logps, lse, dict(zip(stats, extra, strict=True))
 
 
-def slice_statistics(
-    products: Tensor,  # (n, columns) W h of the vocabulary from `first` on
-    targets: Tensor,  # (n,) int64
-    epilogue: Epilogue,
-    stats: tuple[str, ...],
-    first: int,
-    vocabulary: int,
-    state: Tensor,  # (7, n), from `new_state` or the slice before
-) -> tuple[tuple[Tensor, Tensor, dict[str, Tensor]], Tensor]:
-    """As `row_statistics` of all columns so far, and the state for the next slice.
-
-    Only the log-sum-exp means something before the last slice.
-    """
-    logps, lse, *extra, state = row_statistics_op(
-        products, targets, *_of(epilogue), " ".join(stats), first, vocabulary, state
-    )
-    return (logps, lse, dict(zip(stats, extra, strict=True))), state
-
-
 def _row_statistics_shapes(products: Tensor, targets: Tensor, *given: Any) -> list[Tensor]:
-    *_, stats, _, _, state = given
-    found = _like_statistics(targets, products.dtype, stats)
-    return found if state is None else [*found, torch.empty_like(state)]
+    return _like_statistics(targets, products.dtype, given[-1])
 
 
 row_statistics_op = _operator(rows.row_statistics, _row_statistics_shapes, matrices=("products",))
@@ -179,7 +303,7 @@ def row_gradients_(
 
 
 row_gradients_op = _operator(
-    rows.row_gradients_, lambda *args: None, matrices=("products",), mutates="products"
+    rows.row_gradients_, lambda *args: None, matrices=("products",), mutates=("products",)
 )
 
 
@@ -254,7 +378,7 @@ def scaled(
     return grad
 
 
-scale_op = _operator(scale.scale_, lambda *args: None, mutates="grad")
+scale_op = _operator(scale.scale_, lambda *args: None, mutates=("grad",))
 scaled_op = _operator(
     scale.scaled, lambda grad, upstream, dtype, low: grad.new_empty(grad.shape, dtype=dtype)
 )
@@ -289,7 +413,7 @@ gradients_op = _operator(
     lambda *args: None,
     matrices=("exponentials",),
     strided=("peaks",),
-    mutates="exponentials",
+    mutates=("exponentials",),
 )
 
 
@@ -318,7 +442,7 @@ add_weight_gradient_op = _operator(
     weight_gradient.add_weight_gradient_,
     lambda *args: None,
     matrices=("gradient", "rows"),
-    mutates="high low",
+    mutates=("high", "low"),
 )
 
 
@@ -333,7 +457,7 @@ def accumulate_(
     accumulate_op(high, low, product, scale, add)
 
 
-accumulate_op = _operator(weight_gradient.accumulate_, lambda *args: None, mutates="high low")
+accumulate_op = _operator(weight_gradient.accumulate_, lambda *args: None, mutates=("high", "low"))
 
 
 # --- operands, and gradients of hidden states ---------------------------------------------------
@@ -371,7 +495,7 @@ def keep_(
     keep_op(wide, high, low, index)
 
 
-keep_op = _operator(operands.keep_, lambda *args: None, matrices=("high",), mutates="high low")
+keep_op = _operator(operands.keep_, lambda *args: None, matrices=("high",), mutates=("high", "low"))
 
 
 def take_(
@@ -392,11 +516,16 @@ def take_(
         taken_op(out, high, low, index, coef, upstream)
 
 
-take_op = _operator(operands.take_, lambda *args: None, matrices=("high",), mutates="high")
-taken_op = _operator(operands.taken_, lambda *args: None, matrices=("out", "high"), mutates="out")
+take_op = _operator(operands.take_, lambda *args: None, matrices=("high",), mutates=("high",))
+taken_op = _operator(
+    operands.taken_, lambda *args: None, matrices=("out", "high"), mutates=("out",)
+)
 
 OPERATORS = (
     projection_op,
+    projection_exponentials_op,
+    row_exponentials_op,
+    merge_op,
     row_statistics_op,
     row_gradients_op,
     weigh_pairs_op,
@@ -417,5 +546,5 @@ def _of(epilogue: Epilogue) -> tuple[Tensor | None, float, float | None, float]:
 
 
 def _like_statistics(targets: Tensor, dtype: torch.dtype, stats: str) -> list[Tensor]:
-    found = rows.new_statistics(stats, targets, len(targets), dtype)
-    return rows.finished(found)
+    found = partials.new_statistics(stats, targets, len(targets), dtype)
+    return partials.finished(found)

@@ -342,6 +342,7 @@ def weigh_pairs(
             *flags,
             BLOCK=BLOCK_TOKENS,
             num_warps=4,
+            num_stages=1,
         )
     return sums, losses, coef, metrics
 

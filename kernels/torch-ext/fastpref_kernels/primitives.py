@@ -10,14 +10,19 @@ import triton.language as tl
 from .configs import INTERPRETED
 
 _CUTS_BF16_OFF = tl.constexpr(INTERPRETED)
-# What exponentials and gradients kept in fp16 are multiplied by: 1 becomes half of fp16's range.
+# What a power of two lifts stored exponentials by, so that fp16 holds them without its subnormals.
 SCALE = 2.0**15
 S = tl.constexpr(SCALE)
+_LN2 = tl.constexpr(0.6931471805599453)
+# And those relative to an anchor, so that they are finite in fp32 and bf16 up to _MOST nats above.
+ANCHORED_SCALE = 2.0**-87
+_ANCHORED_SCALE = tl.constexpr(ANCHORED_SCALE)
+_MOST = tl.constexpr(148.0)
 
 
 @triton.jit
 def tanh(x):
-    """tanh to the last bits of fp32 and fp64, without a library call."""
+    """tanh to the last bits of fp32 and fp64, without a library call, and 1 − tanh²."""
     size = tl.abs(x)
     e = tl.exp(-2.0 * size)
     large = (1.0 - e) / (1.0 + e)
@@ -26,31 +31,39 @@ def tanh(x):
     above = size * (135135.0 + s * (17325.0 + s * (378.0 + s)))
     below = 135135.0 + s * (62370.0 + s * (3150.0 + s * 28.0))
     found = tl.where(size < 0.5, above / below, large)
-    return tl.where(x < 0, -found, found)
+    return tl.where(x < 0, -found, found), 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
 @triton.jit
 def head_epilogue(
     product,  # (n, v) W h
-    bias,  # (1, v), or 0.0
-    INNER: tl.constexpr,  # scale / T, or scale / cap under a softcap
-    OUTER: tl.constexpr,  # cap / T under a softcap
+    bias,  # (1, v), or None
+    inner,  # scale / T, or scale / cap under a softcap
+    outer,  # 1, or cap / T under a softcap; over the unit that logits are wanted in
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Logits `cap·tanh(scale·(W h + b) / cap) / T`, and their slope with respect to W h + b."""
-    z = (product + bias) * INNER
-    slope = tl.full(product.shape, INNER, product.dtype)
+    """Logits `outer·tanh(inner·(W h + b))`, or `outer·inner·(W h + b)`, and their slope.
+
+    The slope s is 1 − tanh², or 1: the derivative with respect to W h + b is inner·outer·s.
+    """
+    # Scalars come as fp64; of Python's floats the interpreter makes what is asked for here.
+    inner, outer = tl.full((1, 1), inner, product.dtype), tl.full((1, 1), outer, product.dtype)
+    z = product
+    if bias is not None:
+        z += bias
+    slope = 1.0
     if HAS_SOFTCAP:
-        capped = tanh(z)
-        z = capped * OUTER
-        slope = (1.0 - capped) * (1.0 + capped) * (INNER * OUTER)
+        z, slope = tanh(z * inner)
+        z *= outer
+    else:
+        z *= inner * outer
     return z, slope
 
 
 @triton.jit
 def load_bias(bias_ptr, column, is_column, dtype: tl.constexpr):
-    """(1, v), or 0.0 where there is none."""
-    bias = 0.0
+    """(1, v), or None."""
+    bias = None
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + column, is_column, other=0.0).to(dtype)[None, :]
     return bias
@@ -114,6 +127,81 @@ def online_argmax_update(
     """The first of equal maxima wins, within a tile and across tiles."""
     highest, where = tl.max(z, 1, return_indices=True)
     return tl.where(highest > peak, first + where, best)
+
+
+@triton.jit
+def store_tile(
+    z,  # (n, v) logits in units of ln 2, 0 beyond the columns
+    slope,  # of `head_epilogue`
+    row,  # (n,)
+    is_row,
+    local,  # (n,) int32, the target's column, counted as `start` is
+    start,  # the tile's first column
+    columns,  # of the weight at hand
+    first,  # column of the vocabulary that those begin with
+    tile,  # among all tiles of a row
+    rows,
+    out_ptr,  # (rows, columns) exponentials out, or None
+    anchors_ptr,  # (rows,) what those are relative to; None for each row's peak in the tile
+    partials,  # pointers and strides, see below
+    HAS_ENTROPY: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_LOG_SUM_SQ: tl.constexpr,
+):
+    """What a tile of logits leaves: values for the merge, and on request its exponentials.
+
+    Exponentials are e^(z − peak)·s·SCALE; with anchors e^(z − anchor)·s·ANCHORED_SCALE, but for the
+    target's, which is 0.
+    """
+    partials_ptr, partial_stride, best_ptr, target_z_ptr, out_stride = partials
+    column = start + tl.arange(0, z.shape[1])
+    is_column = column < columns
+    at = tile.to(tl.int64) * rows + row
+    if HAS_MEAN:
+        tl.store(partials_ptr + 2 * partial_stride + at, tl.sum(z, 1) * _LN2, is_row)
+    # Few tiles hold a target of their rows, and only the last one ends early.
+    is_here = (local >= start) & (local < tl.minimum(start + z.shape[1], columns))
+    has_target = tl.max(is_here.to(tl.int32), 0) > 0
+    if has_target:
+        of_target = tl.where(column[None, :] == local[:, None], z, 0.0)
+        tl.store(target_z_ptr + row, tl.sum(of_target, 1) * _LN2, is_here)
+    if start + z.shape[1] > columns:
+        z = tl.where(is_column[None, :], z, float("-inf"))
+    if best_ptr is not None:
+        highest, best = tl.max(z, 1, return_indices=True)  # the first of equal maxima
+        best = tl.where(highest > float("-inf"), first + start + best, -1)
+        tl.store(best_ptr + at, best, is_row)
+
+    peak = tl.max(z, 1)
+    # Of rows that a bias masks whole, −inf − −inf would be NaN.
+    anchor = tl.where(peak == float("-inf"), 0.0, peak)
+    z -= anchor[:, None]
+    e = tl.exp2(z)
+    peak *= _LN2
+    tl.store(partials_ptr + at, peak, is_row)
+    tl.store(partials_ptr + partial_stride + at, tl.sum(e, 1), is_row)
+    if HAS_ENTROPY:
+        sum_ez = tl.sum(e * finite(z), 1) * _LN2
+        tl.store(partials_ptr + 3 * partial_stride + at, sum_ez, is_row)
+    if HAS_LOG_SUM_SQ:
+        tl.store(partials_ptr + 4 * partial_stride + at, tl.sum(e * e, 1), is_row)
+
+    if out_ptr is not None:
+        e *= slope
+        if anchors_ptr is None:
+            e *= S
+        else:
+            beyond = tl.minimum(peak - tl.load(anchors_ptr + row, is_row, other=0.0), _MOST)
+            half = tl.exp(0.5 * beyond)  # the whole may not be finite
+            e *= (half * _ANCHORED_SCALE * half)[:, None]
+        line_ptr = out_ptr + row.to(tl.int64)[:, None] * out_stride
+        within = is_row[:, None] & is_column[None, :]
+        tl.store(line_ptr + column[None, :], rounded(e, out_ptr.dtype.element_ty), within)
+        if anchors_ptr is not None:  # noqa: SIM102  (decided when compiled, the next for each tile)
+            if has_target:
+                tl.debug_barrier()  # another thread may have stored what is overwritten
+                nothing = tl.zeros((z.shape[0],), out_ptr.dtype.element_ty)
+                tl.store(out_ptr + row.to(tl.int64) * out_stride + local, nothing, is_here)
 
 
 @triton.jit

@@ -1,102 +1,77 @@
-"""Rows of materialised products: their statistics in one pass, their gradient in one more.
+"""Rows of materialised products: what the projection leaves of its tiles, and their gradient.
 
-Both read what a matrix product wrote, W h in fp32, and apply the head's epilogue on the way, so
-logits themselves are never stored. The gradient `coef·(onehot − p)·slope` takes the products'
-place, in the dtype that the next product multiplies. A row belongs to one program, which walks
-along the vocabulary: all of it, or one slice, with what the slices before it left as `state`.
+Both kernels read what a matrix product wrote, W h in fp32, and apply the head's epilogue on the
+way, so logits themselves are never stored: all columns of the vocabulary, or a slice of them. For
+statistics a row is cut into blocks, each a tile of its own for `partials.py`. The gradient
+`coef·(onehot − p)·slope` takes the products' place, in the dtype that the next product multiplies;
+there a row belongs to one program, which walks along the vocabulary.
 """
-
-from collections.abc import Mapping
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Epilogue, rows_config
-from .primitives import (
-    finite,
-    head_epilogue,
-    load_bias,
-    online_argmax_update,
-    online_softmax_update,
-    rounded,
-    store_statistics,
+from .configs import UNIT, Epilogue, rows_config
+from .partials import finished, merge_into, new_partials, new_statistics
+from .primitives import finite, head_epilogue, load_bias, rounded, store_tile
+
+
+@triton.jit(
+    do_not_specialize=["rows", "tile_offset", "first", "partial_stride"],
+    do_not_specialize_on_alignment=["targets_ptr", "target_z_ptr"],
 )
-
-
-@triton.jit(do_not_specialize=["rows", "first"])
-def row_statistics_kernel(
+def row_exponentials_kernel(
     products_ptr,  # (rows, columns) W h of the vocabulary from `first` on
     bias_ptr,  # (columns,), or None
     targets_ptr,  # (rows,)
-    state_ptr,  # (7, rows) in and out, or None: running values over the columns before `first`
-    logps_ptr,  # (rows,) out, as the five below, of which the last four may be None
-    lse_ptr,
-    entropy_ptr,
-    mean_logits_ptr,
-    is_top1_ptr,
-    log_sum_sq_ptr,
+    out_ptr,  # (rows, columns) exponentials out, or None
+    target_z_ptr,  # (rows,) out
+    partials_ptr,  # (values, tiles, rows) out
+    best_ptr,  # (tiles, rows) out, or None
     rows,
     columns,
-    first,
-    vocabulary,
+    first,  # column of the vocabulary that products begin with
+    tile_offset,  # its tile
+    partial_stride,  # tiles · rows
+    out_stride,
     stride,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
+    inner: tl.float64,
+    outer: tl.float64,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_LOG_SUM_SQ: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_row = row < rows
-    target = tl.load(targets_ptr + row, is_row, other=0)
+    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    is_row, is_column = row < rows, column < columns
     line_ptr = products_ptr + row.to(tl.int64)[:, None] * stride
-
-    zero = tl.zeros((BLOCK_N,), products_ptr.dtype.element_ty)
-    peak, total, sum_ez, sum_ee = zero + float("-inf"), zero, zero, zero
-    sum_z, target_z, best = zero, zero, target * 0 - 1
-    if state_ptr is not None:
-        peak = tl.load(state_ptr + row, is_row, other=0.0)
-        total = tl.load(state_ptr + rows + row, is_row, other=0.0)
-        sum_ez = tl.load(state_ptr + 2 * rows + row, is_row, other=0.0)
-        sum_ee = tl.load(state_ptr + 3 * rows + row, is_row, other=0.0)
-        sum_z = tl.load(state_ptr + 4 * rows + row, is_row, other=0.0)
-        target_z = tl.load(state_ptr + 5 * rows + row, is_row, other=0.0)
-        best = tl.load(state_ptr + 6 * rows + row, is_row, other=0.0).to(target.dtype)
-    for start in range(0, columns, BLOCK_V):
-        column = start + tl.arange(0, BLOCK_V)
-        is_column = column < columns
-        within = is_row[:, None] & is_column[None, :]
-        bias = load_bias(bias_ptr, column, is_column, products_ptr.dtype.element_ty)
-        product = tl.load(line_ptr + column[None, :], within, other=0.0)
-        z, _ = head_epilogue(product, bias, INNER, OUTER, HAS_SOFTCAP)
-        if mean_logits_ptr is not None:
-            sum_z += tl.sum(z, 1)  # beyond the vocabulary a logit is still 0 here
-        is_target = first + column[None, :] == target[:, None]
-        target_z += tl.sum(tl.where(is_target, z, 0.0), 1)  # and 0 beyond this slice
-        z = tl.where(is_column[None, :], z, float("-inf"))
-        if is_top1_ptr is not None:
-            best = online_argmax_update(best, peak, z, first + start)
-        peak, total, sum_ez, sum_ee = online_softmax_update(
-            peak, total, sum_ez, sum_ee, z, 1.0, None, 1.0,
-            entropy_ptr is not None, log_sum_sq_ptr is not None,
-        )  # fmt: skip
-    if state_ptr is not None:
-        tl.store(state_ptr + row, peak, is_row)
-        tl.store(state_ptr + rows + row, total, is_row)
-        tl.store(state_ptr + 2 * rows + row, sum_ez, is_row)
-        tl.store(state_ptr + 3 * rows + row, sum_ee, is_row)
-        tl.store(state_ptr + 4 * rows + row, sum_z, is_row)
-        tl.store(state_ptr + 5 * rows + row, target_z, is_row)
-        tl.store(state_ptr + 6 * rows + row, best.to(zero.dtype), is_row)
-    store_statistics(
-        (logps_ptr, lse_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_ptr),
-        row, is_row, (peak, total, sum_ez, sum_ee), sum_z / vocabulary, best == target, target_z,
+    within = is_row[:, None] & is_column[None, :]
+    product = tl.load(line_ptr + column[None, :], within, other=0.0)
+    bias = load_bias(bias_ptr, column, is_column, products_ptr.dtype.element_ty)
+    z, slope = head_epilogue(product, bias, inner, outer, HAS_SOFTCAP)
+    local = (tl.load(targets_ptr + row, is_row, other=-1) - first).to(tl.int32)
+    store_tile(
+        z, slope, row, is_row, local, tl.program_id(1) * BLOCK_V, columns, first,
+        tile_offset + tl.program_id(1), rows, out_ptr, None,
+        (partials_ptr, partial_stride, best_ptr, target_z_ptr, out_stride),
+        HAS_ENTROPY, HAS_MEAN, HAS_LOG_SUM_SQ,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "first"])
+@triton.jit(
+    do_not_specialize=["rows", "first"],
+    do_not_specialize_on_alignment=[
+        "targets_ptr",
+        "lse_ptr",
+        "coef_ptr",
+        "entropy_ptr",
+        "entropy_coef_ptr",
+    ],
+)
 def row_gradients_kernel(
     products_ptr,  # (rows, columns) W h of the vocabulary from `first` on
     grad_ptr,  # (rows, columns) out; may begin where products_ptr does
@@ -111,8 +86,8 @@ def row_gradients_kernel(
     first,
     stride,
     grad_stride,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
+    inner: tl.float64,
+    outer: tl.float64,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TARGET: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -124,10 +99,14 @@ def row_gradients_kernel(
     lse = tl.load(lse_ptr + row, is_row, other=0.0)[:, None]
     coef = tl.load(coef_ptr + row, is_row, other=0.0)[:, None]
     live = coef != 0  # the others' logits are not even read
+    # What a logit moves with its product, but for its slope.
+    scale = tl.full((1, 1), inner, coef.dtype) * tl.full((1, 1), outer, coef.dtype)
+    coef *= scale
     if entropy_ptr is not None:
         entropy = tl.load(entropy_ptr + row, is_row, other=0.0)[:, None]
         entropy_coef = tl.load(entropy_coef_ptr + row, is_row, other=0.0)[:, None]
         live = live | (entropy_coef != 0)
+        entropy_coef *= scale
     line_ptr = products_ptr + row.to(tl.int64)[:, None] * stride
     grad_line_ptr = grad_ptr + row.to(tl.int64)[:, None] * grad_stride
 
@@ -137,7 +116,7 @@ def row_gradients_kernel(
         within = is_row[:, None] & is_column[None, :]
         bias = load_bias(bias_ptr, column, is_column, products_ptr.dtype.element_ty)
         product = tl.load(line_ptr + column[None, :], within & live, other=0.0)
-        z, slope = head_epilogue(product, bias, INNER, OUTER, HAS_SOFTCAP)
+        z, slope = head_epilogue(product, bias, inner, outer, HAS_SOFTCAP)
         log_p = z - lse
         p = tl.exp(log_p)
         at_target = 0.0
@@ -153,50 +132,75 @@ def row_gradients_kernel(
         tl.store(grad_line_ptr + column[None, :], rounded(grad, grad_ptr.dtype.element_ty), within)
 
 
-def new_state(products: Tensor) -> Tensor:
-    """What is known of each row before its first slice: `(7, n)`."""
-    state = products.new_zeros(7, len(products))
-    state[0] = -torch.inf  # the largest logit so far
-    state[6] = -1  # its column
-    return state
-
-
 def row_statistics(
-    products: Tensor,  # (n, columns) W h; fp32 or fp64
+    products: Tensor,  # (n, V) W h; fp32 or fp64
+    targets: Tensor,  # (n,) int64
+    bias: Tensor | None,  # (V,)
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    stats: str,  # names with spaces between
+) -> list[Tensor]:
+    """Log-probabilities, log-sum-exps and further statistics of whole rows."""
+    rows, vocabulary = products.shape
+    block, dtype = rows_config().block_v, products.dtype
+    found = new_statistics(stats, products, rows, dtype)
+    partials = new_partials(products, rows, vocabulary, stats, dtype, block)
+    of_tiles = partials.values, partials.best, partials.target_z
+    epilogue = bias, logit_scale, softcap, temperature
+    row_exponentials(products, targets, *epilogue, stats, None, *of_tiles, block, 0, 0)
+    merge_into(found, *of_tiles, targets, vocabulary)
+    return finished(found)
+
+
+def row_exponentials(
+    products: Tensor,  # (n, columns) W h of the vocabulary from `first` on; fp32 or fp64
     targets: Tensor,  # (n,) int64
     bias: Tensor | None,  # (columns,)
     logit_scale: float,
     softcap: float | None,
     temperature: float,
     stats: str,  # names with spaces between
+    out: Tensor | None,  # (n, columns) out; None for statistics alone
+    values: Tensor,  # (values, tiles, n) and the two below out, for these columns
+    best: Tensor | None,  # (tiles, n)
+    target_z: Tensor,  # (n,)
+    block: int,
+    tile: int,  # among all tiles of a row, the first of these columns
     first: int,
-    vocabulary: int,
-    state: Tensor | None,  # (7, n); with it `products` may be a slice
-) -> list[Tensor]:
-    """Log-probabilities, log-sum-exps, further statistics and the next state, in one launch."""
+) -> None:
+    """What the projection leaves of its tiles, of products that are there."""
     rows, columns = products.shape
-    epilogue = Epilogue(bias, logit_scale, softcap, temperature)
-    found = new_statistics(stats, products, rows, products.dtype)
-    after = None if state is None else state.clone()
-    if rows:
-        config = rows_config()
-        row_statistics_kernel[(triton.cdiv(rows, config.block_n),)](
+    _, tiles, _ = values.shape
+    config, names = rows_config(), stats.split()
+    if block != config.block_v:
+        raise ValueError(f"tiles have {config.block_v} columns, got partials of {block}")
+    if rows and columns:
+        grid = triton.cdiv(rows, config.block_n), triton.cdiv(columns, block)
+        row_exponentials_kernel[grid](
             products,
             bias,
             targets,
-            after,
-            *statistics_pointers(found),
+            out,
+            target_z,
+            values,
+            best,
             rows,
             columns,
             first,
-            vocabulary,
+            tile,
+            tiles * rows,
+            0 if out is None else out.stride(0),
             products.stride(0),
-            **epilogue.flags(),
+            **Epilogue(bias, logit_scale, softcap, temperature).arguments(UNIT),
+            HAS_ENTROPY="entropy" in names,
+            HAS_MEAN="mean_logits" in names,
+            HAS_LOG_SUM_SQ="log_sum_sq_probs" in names,
             BLOCK_N=config.block_n,
-            BLOCK_V=config.block_v,
+            BLOCK_V=block,
             num_warps=config.num_warps,
+            num_stages=1,
         )
-    return finished(found) + ([] if after is None else [after])
 
 
 def row_gradients_(
@@ -234,35 +238,15 @@ def row_gradients_(
             first,
             products.stride(0),
             grad.stride(0),
-            **epilogue.flags(),
+            **epilogue.arguments(),
             HAS_TARGET=at_target,
             BLOCK_N=config.block_n,
             BLOCK_V=config.block_v,
             num_warps=config.num_warps,
+            num_stages=1,
         )
 
 
 def narrowed(products: Tensor, dtype: torch.dtype) -> Tensor:
     """`(n, columns)` of `dtype` in the memory of wider ones: each row in the front of its old."""
     return products.view(dtype)[:, : products.shape[1]]
-
-
-# In the kernels' order; the first two are always there.
-STATISTICS = ("logps", "lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
-
-
-def new_statistics(stats: str, like: Tensor, rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Uninitialised outputs `(rows,)` by name, on the device of `like`."""
-    names = *STATISTICS[:2], *stats.split()
-    dtypes = {"is_top1": torch.int8}
-    return {name: like.new_empty(rows, dtype=dtypes.get(name, dtype)) for name in names}
-
-
-def statistics_pointers(found: Mapping[str, Tensor]) -> list[Tensor | None]:
-    """All outputs in the kernels' order, None for those not asked for."""
-    return [found.get(name) for name in STATISTICS]
-
-
-def finished(found: Mapping[str, Tensor]) -> list[Tensor]:
-    """What was asked for, in the caller's order."""
-    return [x.view(torch.bool) if name == "is_top1" else x for name, x in found.items()]
