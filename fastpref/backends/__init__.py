@@ -67,31 +67,29 @@ def accumulate_dtype(compute_dtype: torch.dtype) -> torch.dtype:
 class RowStats:
     """What is known of n rows once their logits have been seen, each `(n,)`.
 
-    `factor` is what else a backend's `group_backward` needs of its `group_forward`, if anything.
+    `kept` is what a backend's `group_gradients` needs of its `group_forward`: one number a row, or
+    one for each `block` columns.
     """
 
     logps: Tensor
     lse: Tensor
     extra: dict[str, Tensor]  # the requested ones of TOKEN_STATS
-    factor: Tensor | None = None
+    kept: Tensor | None = None
+    block: int = 0
 
     def __getitem__(self, rows: slice) -> RowStats:
         """Of some of the rows."""
         extra = {name: value[rows] for name, value in self.extra.items()}
-        factor = None if self.factor is None else self.factor[rows]
-        return RowStats(self.logps[rows], self.lse[rows], extra, factor)
+        kept = None if self.kept is None else self.kept[rows]
+        return RowStats(self.logps[rows], self.lse[rows], extra, kept, self.block)
 
     @classmethod
     def concatenate(cls, parts: list[RowStats]) -> RowStats:
-        """The statistics of consecutive rows as one."""
-        if len(parts) == 1:
-            return parts[0]
-        factors = [part.factor for part in parts if part.factor is not None]
+        """The statistics of consecutive rows as one; what is kept stays with the parts."""
         return cls(
             concatenated([part.logps for part in parts]),
             concatenated([part.lse for part in parts]),
             {name: concatenated([part.extra[name] for part in parts]) for name in parts[0].extra},
-            concatenated(factors) if factors else None,
         )
 
 
@@ -173,7 +171,7 @@ class Elementwise(Protocol):
         self,
         wide: Tensor,  # (n, H)
         high: Tensor,  # (M, H)
-        low: Tensor | None,  # (n, H)
+        low: Tensor,  # (n, H)
         index: Tensor,  # (n,)
     ) -> None: ...
 

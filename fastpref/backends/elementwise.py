@@ -77,14 +77,11 @@ def accumulate_(
 
 def keep_(
     wide: Tensor,  # (n, H)
-    high: Tensor,  # (M, H), some rows of it written
-    low: Tensor | None,  # (n, H) int8 remainder, written
+    high: Tensor,  # (M, H) bfloat16, some rows of it written
+    low: Tensor,  # (n, H) int8 remainder, written
     index: Tensor,  # (n,) rows of high
 ) -> None:
-    """Keeps rows of gradient, as high alone or as two halves."""
-    if low is None:
-        high.index_copy_(0, index, wide.to(high.dtype))
-        return
+    """Keeps rows of gradient as two halves."""
     upper, lower = split(wide.float())
     high.index_copy_(0, index, upper)
     low.copy_(lower)

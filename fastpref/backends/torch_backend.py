@@ -13,7 +13,7 @@ import functools
 import torch
 from torch import Tensor
 
-from fastpref.backends import Grads, Head, RowStats, elementwise, gradients
+from fastpref.backends import Grads, Head, RowStats, concatenated, elementwise, gradients
 from fastpref.backends.gradients import SCALE, add_target_rows, sliced_gradients
 from fastpref.backends.products import (
     add_product,
@@ -80,7 +80,9 @@ def group_forward(
         _block_forward(buffer[i : i + rows], targets[i : i + rows], head, stats)
         for i in range(0, max(1, len(buffer)), rows)
     ]
-    return RowStats.concatenate(parts)
+    found = RowStats.concatenate(parts)
+    found.kept = concatenated([part.kept for part in parts if part.kept is not None])
+    return found
 
 
 def _block_forward(z: Tensor, targets: Tensor, head: Head, stats: tuple[str, ...]) -> RowStats:
@@ -119,17 +121,17 @@ def group_gradients(
     rows: RowStats,
     coef: Tensor,  # (n,)
 ) -> tuple[Tensor, Tensor]:
-    assert rows.factor is not None  # `group_forward` gives it
+    assert rows.kept is not None  # `group_forward` gives it
     dtype = gradient_dtype(head)
     if dtype == buffer.dtype:
-        return buffer, _slope(head) * rows.factor
+        return buffer, _slope(head) * rows.kept
     # A narrower row overwrites the beginning of its own wider one, some of them at a time.
     gradient = buffer.view(dtype)[:, : buffer.shape[1]]
     step = max(1, _BLOCK_ELEMENTS // max(1, buffer.shape[1]))
     for start in range(0, len(buffer), step):
         part = slice(start, start + step)
-        gradient[part] = (buffer[part] * (SCALE * rows.factor[part, None])).to(dtype)
-    return gradient, torch.full_like(rows.factor, _slope(head) / SCALE)
+        gradient[part] = (buffer[part] * (SCALE * rows.kept[part, None])).to(dtype)
+    return gradient, torch.full_like(rows.kept, _slope(head) / SCALE)
 
 
 def forward_with_gradients(

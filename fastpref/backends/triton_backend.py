@@ -1,12 +1,13 @@
-"""Logits by tile kernels and by the library's matrix products, their rows by Triton kernels.
+"""Logits by tile kernels or the library's matrix products, their rows by Triton kernels.
 
-What is only looked at never leaves the tile kernel. Where the logits are needed a second time, a
-library product writes W h in fp32 and one kernel each reads the statistics and turns the products
-into their gradient, in place and in the dtype that the next products take.
+What is only looked at never leaves the tile kernel. Where the logits are needed a second time, they
+are stored as exponentials relative to the peaks of their tiles, in the dtype that the gradients'
+products take, and one kernel turns them into the gradient where they lie.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import fastpref_kernels as kernels
@@ -14,22 +15,27 @@ import torch
 from fastpref_kernels import Epilogue
 from torch import Tensor
 
-from fastpref.backends import Grads, Head, NamedRows, RowStats, Weighed
+from fastpref.backends import Grads, Head, NamedRows, RowStats, Total, Weighed, gradients
+from fastpref.backends.gradients import (
+    add_target_rows,
+    sliced_gradients,
+    target_products,
+    target_slopes,
+)
 from fastpref.backends.products import (
     add_product,
-    add_target_rows,
     as_operand,
+    gradient_dtype,
     product_dtype,
     product_into,
-    sliced_gradients,
     weight_slices,
 )
 from fastpref.objectives import PairFormula
 
-scaled = kernels.scaled
+elementwise = kernels
 
-# Rows of the head gathered at a time.
-_GATHERED = 256
+# Of library products that a row kernel reads.
+_COLUMNS = 8192
 # Nats. A row whose log-sum-exp is further above its target's logit has log-probabilities, but NaN
 # in place of a gradient: its exponentials, relative to the target's, leave float32.
 _MOST_ABOVE = 145.0
@@ -40,13 +46,25 @@ def forward(
     index: Tensor | None,  # (n,)
     targets: Tensor,  # (n,)
     head: Head,
-    tile: tuple[int, int],  # the kernel has its own
+    tile: tuple[int, int],  # the tile kernel has its own
     stats: tuple[str, ...],
 ) -> RowStats:
-    found = kernels.projection_statistics(
-        hidden, head.weight, targets, _epilogue(head), stats, index, head.compute_dtype
-    )
-    return RowStats(*found)
+    if kernels.forward_by() == "tiles":
+        found = kernels.projection_statistics(
+            hidden, head.weight, targets, _epilogue(head), stats, index, head.compute_dtype
+        )
+        return RowStats(*found)
+    parts = []
+    for start in range(0, max(1, len(targets)), tile[0]):
+        part = slice(start, start + tile[0])
+        rows = hidden[part] if index is None else hidden.index_select(0, index[part])
+        partials = _library_statistics(as_operand(rows, head), targets[part], head, stats)
+        parts.append(RowStats(*kernels.merge_statistics(partials, targets[part])))
+    return RowStats.concatenate(parts)
+
+
+def kept_dtype(head: Head) -> torch.dtype:
+    return gradient_dtype(head)
 
 
 def group_forward(
@@ -57,31 +75,61 @@ def group_forward(
     stats: tuple[str, ...],
 ) -> RowStats:
     operand = as_operand(hidden, head)
-    for first, last, weight in weight_slices(head):
-        product_into(operand, weight.T, out=buffer[:, first:last])
-    return RowStats(*kernels.row_statistics(buffer, targets, _epilogue(head), stats))
+    if operand.dtype.itemsize == 2 and kernels.exponentials_by() == "tiles":
+        logps, lse, extra, peaks, block = kernels.projection_exponentials(
+            operand, head.weight, targets, _epilogue(head), buffer, stats, head.compute_dtype
+        )
+        return RowStats(logps, lse, extra, peaks, block)
+    partials = _library_statistics(operand, targets, head, stats, buffer)
+    found = kernels.merge_statistics(partials, targets)
+    return RowStats(*found, partials.peaks, partials.block)
 
 
-def group_backward(
+def _library_statistics(
+    operand: Tensor,  # (n, H)
+    targets: Tensor,  # (n,)
+    head: Head,
+    stats: tuple[str, ...],
+    out: Tensor | None = None,  # (n, V) exponentials
+) -> kernels.Partials:
+    epilogue = _epilogue(head)
+    partials = kernels.new_partials(operand, head.weight, epilogue, stats, _COLUMNS, by="library")
+    buffer = operand.new_empty(len(operand), _COLUMNS, dtype=head.accumulate_dtype)
+    for first, last, weight in weight_slices(head, _COLUMNS):
+        products = buffer[:, : last - first]
+        product_into(operand, weight.T, out=products)
+        exponentials = None if out is None else out[:, first:last]
+        of_columns = epilogue.sliced(first, last)
+        kernels.slice_statistics(products, targets, of_columns, partials, first, exponentials)
+    return partials
+
+
+def group_gradients(
     hidden: Tensor,  # (n, H)
     targets: Tensor,  # (n,)
     head: Head,
     buffer: Tensor,  # (n, V)
     rows: RowStats,
     coef: Tensor,  # (n,)
-    grads: Grads,
+) -> tuple[Tensor, Tensor]:
+    assert rows.kept is not None  # `group_forward` gives it
+    slopes = target_slopes(as_operand(hidden, head), targets, head)
+    kernels.gradients_(buffer, rows.kept, rows.block, targets, rows.logps, rows.lse, coef, slopes)
+    slope = head.logit_scale / head.temperature
+    return buffer, torch.full_like(rows.lse, slope / kernels.SCALE)
+
+
+def add_weight_gradient(
+    total: Total,  # (V, H)
+    gradient: Tensor,  # (n, V)
+    rows: Tensor,  # (n, H)
+    inverse: Tensor | None,  # () of rows
 ) -> None:
-    grad_logits = kernels.row_gradients_(
-        buffer, targets, rows.lse, coef, _epilogue(head), product_dtype(head)
-    )
-    if grads.bias is not None:
-        grads.bias += grad_logits.sum(0, dtype=grads.bias.dtype)
-    if grads.weight is not None:
-        add_product(grads.weight, grad_logits.T, as_operand(hidden, head))
-    if grads.hidden is not None:
-        grads.hidden.zero_()
-        for first, last, weight in weight_slices(head):
-            add_product(grads.hidden, grad_logits[:, first:last], weight)
+    if inverse is None:
+        gradients.add_weight_gradient(elementwise, total, gradient, rows, inverse)
+        return
+    kernels.add_weight_gradient_(total.high, total.low, gradient, rows, inverse, total.written)
+    total.written = True
 
 
 def forward_with_gradients(
@@ -91,10 +139,13 @@ def forward_with_gradients(
     buffer: Tensor,  # (n, columns)
     stats: tuple[str, ...],
 ) -> tuple[RowStats, Tensor]:
-    operand, dtype, epilogue = hidden.to(head.compute_dtype), _anchored_dtype(head), _epilogue(head)
+    """Exponentials relative to the target's logit: one number a row, known before the others."""
+    operand, epilogue, columns = hidden.to(head.compute_dtype), _epilogue(head), buffer.shape[1]
     grad = hidden.new_zeros(hidden.shape, dtype=head.accumulate_dtype)
-    anchors, columns = _target_logits(operand, targets, head), buffer.shape[1]
+    anchors = _target_logits(operand, targets, head)
     partials = kernels.new_partials(operand, head.weight, epilogue, stats, columns)
+    # float16 has no range for them.
+    dtype = torch.bfloat16 if product_dtype(head).itemsize == 2 else product_dtype(head)
     for first in range(0, len(head.weight), columns):
         weight = head.weight[first : first + columns].to(operand.dtype)
         exponentials = buffer.view(dtype)[:, : len(weight)]
@@ -102,7 +153,8 @@ def forward_with_gradients(
         kernels.projection_anchored(
             operand, weight, targets, of_columns, anchors, exponentials, partials, first
         )
-        add_product(grad, exponentials, weight.to(dtype))
+        for part in _parts(weight, dtype):
+            add_product(grad, exponentials, part)
     rows = RowStats(*kernels.merge_statistics(partials, targets))
     above = rows.lse - anchors
     half = torch.exp(-0.5 * above)  # of the whole, which may vanish
@@ -112,25 +164,17 @@ def forward_with_gradients(
     return rows, grad
 
 
-def _anchored_dtype(head: Head) -> torch.dtype:
-    """Of exponentials that are multiplied: the products', or float32 for what float16 cannot hold.
-
-    float16's rows of the head are exact in float32 and would not be in bfloat16.
-    """
-    dtype = product_dtype(head)
-    return head.accumulate_dtype if dtype == torch.float16 else dtype
+def _parts(weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """What adds up to the weight in `dtype`: of float16's 11 bits bfloat16 holds 8 at a time."""
+    high = weight.to(dtype)
+    yield high
+    if weight.dtype == torch.float16 and dtype == torch.bfloat16:
+        yield (weight.float() - high.float()).to(dtype)
 
 
 def _target_logits(operand: Tensor, targets: Tensor, head: Head) -> Tensor:
     """Each row's logit of its target `(n,)`, in accumulate_dtype."""
-    dtype, found = head.accumulate_dtype, []
-    for rows, of_rows in zip(operand.split(_GATHERED), targets.split(_GATHERED), strict=True):
-        weight = head.weight[of_rows].to(head.compute_dtype).to(dtype)
-        found.append(torch.linalg.vecdot(weight, rows.to(dtype)))
-    z = torch.cat(found)
-    if head.bias is not None:
-        z += head.bias[targets].to(dtype)
-    z *= head.logit_scale
+    z = target_products(operand, targets, head) * head.logit_scale
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)
     return z / head.temperature
@@ -142,14 +186,20 @@ def recompute_backward(
     head: Head,
     lse: Tensor,  # (n,)
     coef: Tensor,  # (n,)
-    entropy: tuple[Tensor, Tensor] | None,
+    entropy: tuple[Tensor, Tensor] | None,  # entropies (n,) and their coefficients (n,)
     tile: tuple[int, int],
     wants: tuple[bool, bool, bool],
 ) -> Grads:
-    dtype, epilogue = product_dtype(head), _epilogue(head)
+    dtype, epilogue = gradient_dtype(head), _epilogue(head)
 
     def gradient_of(
-        operand: Tensor, weight: Tensor, block: slice, first: int, products: Tensor
+        operand: Tensor,
+        weight: Tensor,
+        block: slice,
+        first: int,
+        products: Tensor,
+        coef: Tensor,
+        entropy: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         product_into(operand, weight.T, out=products)
         of_entropy = None if entropy is None else (entropy[0][block], entropy[1][block])
@@ -158,7 +208,7 @@ def recompute_backward(
             products, targets[block], lse[block], coef[block], of_columns, dtype, first, of_entropy
         )
 
-    return sliced_gradients(hidden, head, tile, wants, gradient_of)
+    return sliced_gradients(elementwise, hidden, head, coef, entropy, tile, wants, gradient_of)
 
 
 def weigh_pairs(

@@ -39,8 +39,11 @@ class KeptRows:
         if self.compact:
             self.high[first:last] = grad
             return
-        low = None if self.low is None else self.low[first:last]
-        self.by.keep_(grad, self.high, low, self.index[first:last])
+        index = self.index[first:last]
+        if self.low is None:
+            self.high.index_copy_(0, index, grad)
+        else:
+            self.by.keep_(grad, self.high, self.low[first:last], index)
 
     def times(self, coef: Tensor, upstream: Tensor, *, keeps: bool = False) -> Tensor:
         """`coef · upstream · ∂ℓ/∂h` in hidden's layout and dtype; in place unless it is kept."""

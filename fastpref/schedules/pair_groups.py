@@ -200,8 +200,8 @@ class _Groups:
         for a, b in pieces:
             operand, part = self._project(a, b)
             parts.append(part)
-        self.parts += parts
         group = RowStats.concatenate(parts)
+        self.parts.append(group)
         weighed = prompts.weigh(objective, self.backend, group, first, last, divisor)
         self.weighed.append(weighed)
         self.gradients.coefs.append(weighed.coef)
