@@ -121,8 +121,8 @@ def tables_of(found: list[tuple[Compiled, list[str]]]) -> Iterator[Table]:
     for architecture in dict.fromkeys(compiled.architecture for compiled, _ in found):
         table = new_table(
             f"{architecture}, compiled ahead of time by triton {triton.__version__}, no GPU needed",
-            *("kernel", "blocks", "warps", "registers", "spilled\nB", "shared\nKiB"),
-            *("instruc-\ntions", "matrix"),
+            *("kernel", "blocks", "registers", "spilled\nB", "shared\nKiB"),
+            *("code", "matrix"),
         )
         for compiled, faults in found:
             if compiled.architecture == architecture:
@@ -130,7 +130,6 @@ def tables_of(found: list[tuple[Compiled, list[str]]]) -> Iterator[Table]:
                 table.add_row(
                     "\n".join([name, *(f"[bold red]{fault}[/]" for fault in faults)]),
                     compiled.blocks,
-                    str(compiled.warps),
                     str(compiled.registers),
                     str(compiled.spilled),
                     f"{compiled.shared / KIB:.1f}",
