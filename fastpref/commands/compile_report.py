@@ -5,8 +5,9 @@ its shared memory must fit; half-precision products must be the architecture's o
 instructions. NVIDIA's cubins are read by the `cuobjdump` that ships inside the triton wheel, AMD's
 code objects by their own metadata.
 
-Instructions are those of the compiled kernel as it lies in memory, each once, whether it runs for
-every tile, for few of them or for none; beside them, how many of a block's elements a thread has.
+Instructions are those of the compiled kernel as it lies in memory, padding too, each once, whether
+it runs for every tile, for few of them or for none; beside them, how many of a block's elements a
+thread has.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def _read_cubin(asm: dict) -> tuple[int, int, int]:
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         code = _tool("nvdisasm", "--print-code", file.name)
     registers, stack, local = (_number(f"{name}:", usage) for name in ("REG", "STACK", "LOCAL"))
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)", code, re.MULTILINE)
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", code, re.MULTILINE)
     return registers, stack + local, len(instructions)
 
 
