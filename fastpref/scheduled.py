@@ -109,7 +109,9 @@ class Scheduled:
                 losses = prompts.losses(
                     objective, logps.view(responses, -1), _by_response(alignments, responses)
                 )
-            loss = losses if reduction == "none" else losses.sum() / divisor
+            loss = losses
+            if reduction != "none":
+                loss = losses.mean() if divisor == len(losses) else losses.sum() / divisor
         logps = logps.detach()
         if per_prompt is not None:
             metrics = prompts.mean_metrics(per_prompt)
