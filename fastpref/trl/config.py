@@ -94,6 +94,11 @@ class PreferenceConfig(DPOConfig):
         schedule: as in `preference_loss`.
         backend: as in `preference_loss`.
         logits_budget: bytes of logits to hold at once, as in `preference_loss`.
+        padding_free: a batch is one row of packed sequences without padding; the numbers are those
+            of the padded batch, to rounding.
+        share_prompt: True to have, in one such row, one copy of each prompt, which chosen and
+            rejected both continue; "auto" where that saves a twentieth of a pair's tokens or more,
+            and the model can. Packs, whatever `padding_free` says.
 
     `ld_alpha` becomes token weights, of any objective.
 
@@ -119,6 +124,13 @@ class PreferenceConfig(DPOConfig):
     logits_budget: int | None = field(
         default=None, metadata={"help": "Bytes of logits to hold at once."}
     )
+    padding_free: bool = field(
+        default=False, metadata={"help": "Batches are one row of packed sequences."}
+    )
+    share_prompt: bool | str = field(
+        default=False,
+        metadata={"help": "Chosen and rejected attend to one copy of the prompt; true or auto."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,6 +138,7 @@ class PreferenceConfig(DPOConfig):
             raise ValueError(f"unknown schedule {self.schedule!r}; expected one of {SCHEDULES}")
         if self.backend not in BACKENDS:
             raise ValueError(f"unknown backend {self.backend!r}; expected one of {BACKENDS}")
+        check_packing(self)
         objective = self.make_objective()
         if given_beta(self) is None:
             self.beta = _OwnBeta(objective.reward_scale)
@@ -242,6 +255,25 @@ def check_beta(args: DPOConfig, objective: Objective) -> None:
         raise ValueError(
             f"beta={beta} was given, but {objective} scales its rewards by "
             f"{objective.reward_scale}; leave beta out or change the objective's own"
+        )
+
+
+def check_packing(args: DPOConfig) -> None:
+    """Raises ValueError for a `share_prompt` that is none, and for padding in a row that has none.
+
+    A command line's "true" and "false" become what they say.
+    """
+    share = getattr(args, "share_prompt", False)
+    if isinstance(share, str) and share.lower() in ("true", "false"):
+        share = share.lower() == "true"
+        args.share_prompt = share  # type: ignore[attr-defined]
+    if not (isinstance(share, bool) or share == "auto"):
+        raise ValueError(f"share_prompt must be True, False or 'auto', got {share!r}")
+    multiple = args.pad_to_multiple_of
+    if (args.padding_free or share is True) and isinstance(multiple, int):
+        option = "padding_free" if args.padding_free else "share_prompt"
+        raise ValueError(
+            f"{option}=True packs rows without padding, and pad_to_multiple_of={multiple} pads them"
         )
 
 
