@@ -141,6 +141,18 @@ def train_command(
     gradient_checkpointing: Annotated[
         bool, _run_option("Recompute activations.", "--gradient-checkpointing", panel=_MEMORY)
     ] = False,
+    padding_free: Annotated[
+        bool,
+        _run_option("Batches are one row without padding.", "--padding-free", panel=_MEMORY),
+    ] = False,
+    share_prompt: Annotated[
+        str,
+        _run_option(
+            "true: chosen and rejected attend to one copy of their prompt, in such a row; auto: "
+            "where that pays.",
+            panel=_MEMORY,
+        ),
+    ] = "false",
     precompute_ref: Annotated[
         bool, _run_option("Reference log-probabilities once, before training.")
     ] = True,
@@ -194,6 +206,8 @@ def train_command(
             lora_rank=lora_rank,
             dtype=dtype,
             gradient_checkpointing=gradient_checkpointing,
+            padding_free=padding_free,
+            share_prompt=share_prompt,
             precompute_ref=precompute_ref,
             schedule=schedule,
             seed=seed,

@@ -97,8 +97,8 @@ class PreferenceConfig(DPOConfig):
         padding_free: a batch is one row of packed sequences without padding; the numbers are those
             of the padded batch, to rounding.
         share_prompt: True to have, in one such row, one copy of each prompt, which chosen and
-            rejected both continue; "auto" where that saves a twentieth of a pair's tokens or more,
-            and the model can. Packs, whatever `padding_free` says.
+            rejected both continue; "auto" where that saves 3 % of a pair's tokens or more, and the
+            model can without looking at all pairs of tokens. Packs, whatever `padding_free` says.
 
     `ld_alpha` becomes token weights, of any objective.
 

@@ -274,10 +274,14 @@ class PreferenceTrainer(DPOTrainer):
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        inputs = {name: value for name, value in inputs.items() if name != _COLUMNS}
-        if self._packs and _PACKING not in inputs:  # TRL's own collator, before training
-            inputs[_PACKING] = _packing_of(inputs, self._share_prompt)
+        inputs = {name: value for name, value in self._packed(inputs).items() if name != _COLUMNS}
         return super().compute_ref_log_probs(model, inputs)
+
+    def _packed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """With how to pack them, which our collator says without a wait for the device."""
+        if not self._packs or _PACKING in inputs:
+            return inputs
+        return inputs | {_PACKING: _packing_of(inputs, self._share_prompt)}
 
     def _ref_logps(self, inputs: dict[str, Any]) -> Tensor | None:
         """Reference log-probabilities `(2B,)`, chosen first."""
@@ -291,6 +295,7 @@ class PreferenceTrainer(DPOTrainer):
     def _compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False
     ) -> Tensor | tuple[Tensor, Any]:
+        inputs = self._packed(inputs)
         completion_mask = inputs["completion_mask"]
         length = completion_mask.shape[1]
         pairs = len(completion_mask) // 2
@@ -345,7 +350,7 @@ class PreferenceTrainer(DPOTrainer):
             rest = 1 - weights[chosen]
             wanted = targets[chosen].masked_fill((rest == 0).to(targets.device), IGNORED)
             logps = linear_logps(hidden[chosen], weight, wanted, **head, **self._computing)
-            nll = -(rest * logps).sum() / out.lengths[chosen].sum().clamp(min=1)
+            nll = -(rest * logps).sum() / out.lengths[:seen].sum().clamp(min=1)
             return dataclasses.replace(out, loss=out.loss + untouched * nll)
 
         model_inputs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_MODEL}
