@@ -26,7 +26,9 @@ from typer.testing import CliRunner
 
 from fastpref import PlackettLuce, preference_loss, shift_targets
 from fastpref.commands.cli import app
+from fastpref.commands.plan import token_lengths, trunk_tokens
 from fastpref.trl import PreferenceConfig, PreferenceTrainer
+from fastpref.trl.head import backbone_of
 from fastpref.trl.packing import BY_PIECE, Packing, kept_places, prepare_packing
 
 PADDING_FREE, SHARED = {"padding_free": True}, {"share_prompt": True}
@@ -57,7 +59,8 @@ def assert_equal(ours, theirs, relative):
     (our_metrics, our_grads), (their_metrics, their_grads) = ours, theirs
     assert abs(their_metrics["rewards/margins"]) > 0.01
     # What the trainer logs, it gathers in float32.
-    assert our_metrics == pytest.approx(their_metrics, rel=max(relative, 2**-22))
+    logged = max(relative, 2**-22)
+    assert our_metrics == pytest.approx(their_metrics, rel=logged, abs=logged)
     assert our_metrics["loss"] == pytest.approx(their_metrics["loss"], rel=relative)
     assert any(gradient.abs().max() > 0 for gradient in their_grads)
     for ours, expected in zip(our_grads, their_grads, strict=True):
@@ -89,9 +92,7 @@ def tiny_gpt2(tiny_llama, tmp_path_factory):
     ],
     ids="-".join,
 )
-def test_a_step_is_the_padded_one_in_float64(
-    packed, options, tiny_gpt2, pairs, tmp_path
-):
+def test_a_step_is_the_padded_one_in_float64(packed, options, tiny_gpt2, pairs, tmp_path):
     options = dict(options)
     directory = tiny_gpt2[options.pop("tied", False)]
 
@@ -151,7 +152,9 @@ def test_an_evaluation_is_the_padded_one(packed, tiny_llama, pairs, tmp_path, mo
         with torch.no_grad():
             found["filled"] = trainer.compute_loss(trainer.model.eval(), batch).item()
         predictions = trainer.predict(trainer.eval_dataset).predictions
-        return {n: x for n, x in found.items() if "time" not in n and "second" not in n}, predictions
+        return {
+            n: x for n, x in found.items() if "time" not in n and "second" not in n
+        }, predictions
 
     (ours, our_predictions), (theirs, their_predictions) = evaluated(**packed), evaluated()
     assert abs(theirs["eval_rewards/margins"]) > 0.01
@@ -276,7 +279,9 @@ def test_ranked_responses_share_a_prompt(share):
     row = model.base_model(**packing.model_inputs(ids, model)).last_hidden_state
     kept, cu_seqlens = kept_places(targets)
     rows = packing.hidden_of(row, packing.row_of[kept])
-    loss = preference_loss(rows, head, targets[kept], objective, cu_seqlens=cu_seqlens, **given).loss
+    loss = preference_loss(
+        rows, head, targets[kept], objective, cu_seqlens=cu_seqlens, **given
+    ).loss
     for value, theirs in zip(gradients(loss, model), gradients(expected, model), strict=True):
         assert (value - theirs).abs().max() <= DOUBLE
 
@@ -293,7 +298,12 @@ FAMILIES = {
     "opt": ({"ffn_dim": 48, "word_embed_proj_dim": 32}, "eager"),
     "gpt2": (GPT2, "sdpa"),
     "llama4_text": (
-        {"num_local_experts": 2, "attention_chunk_size": 3, "head_dim": 8, "intermediate_size_mlp": 48},
+        {
+            "num_local_experts": 2,
+            "attention_chunk_size": 3,
+            "head_dim": 8,
+            "intermediate_size_mlp": 48,
+        },
         "sdpa",
     ),
     "gpt_oss": ({"num_local_experts": 4, "head_dim": 8, **WINDOW}, "eager"),
@@ -318,7 +328,11 @@ def example(prompts, lengths):
     ]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     position = torch.arange(ids.shape[1])
-    return ids, ids.ne(0).long(), (ids.ne(0) & (position >= torch.tensor(prompts * len(lengths))[:, None])).long()
+    return (
+        ids,
+        ids.ne(0).long(),
+        (ids.ne(0) & (position >= torch.tensor(prompts * len(lengths))[:, None])).long(),
+    )
 
 
 def gradients(loss, model):
@@ -331,10 +345,11 @@ def gradients(loss, model):
 def test_a_sequence_sees_itself_alone(family, share):
     more, attention = FAMILIES[family]
     model = tiny(family, attention, **more)
+    backbone = backbone_of(model)
     ids, real, completion = example([5, 3], [[6, 4], [2, 7]])
     with torch.no_grad():
         alone = [
-            model.base_model(row[mask.bool()][None], use_cache=False).last_hidden_state[0]
+            backbone(row[mask.bool()][None], use_cache=False).last_hidden_state[0]
             for row, mask in zip(ids, real, strict=True)
         ]
         prepare_packing(model, share=share)
@@ -342,7 +357,7 @@ def test_a_sequence_sees_itself_alone(family, share):
         def packed(ids):
             packing = Packing.of(ids, real, completion, share=share)
             assert packing.pieces.shared == share
-            row = model.base_model(**packing.model_inputs(ids, model), use_cache=False)
+            row = backbone(**packing.model_inputs(ids, model), use_cache=False)
             return [
                 packing.hidden_of(row.last_hidden_state, rows[mask.bool()])
                 for rows, mask in zip(packing.row_of, real, strict=True)
@@ -371,7 +386,9 @@ def test_flash_attention_is_told_the_sequences(monkeypatch):
         seen.append(kwargs)
         lengths = kwargs["cu_seq_lens_q"].diff().tolist()
         parts = (x.split(lengths, dim=2) for x in (query, key, value))
-        outputs = [sdpa_attention_forward(module, *each, None)[0] for each in zip(*parts, strict=True)]
+        outputs = [
+            sdpa_attention_forward(module, *each, None)[0] for each in zip(*parts, strict=True)
+        ]
         return torch.cat(outputs, 1), None
 
     name = "flash_attention_2"
@@ -386,7 +403,11 @@ def test_flash_attention_is_told_the_sequences(monkeypatch):
     seen.clear()
     model.base_model(**inputs)
     assert seen[0]["cu_seq_lens_q"].dtype == torch.int32
-    assert seen[0]["cu_seq_lens_q"].tolist() == seen[0]["cu_seq_lens_k"].tolist() == [0, 11, 18, 25, 35]
+    assert (
+        seen[0]["cu_seq_lens_q"].tolist()
+        == seen[0]["cu_seq_lens_k"].tolist()
+        == [0, 11, 18, 25, 35]
+    )
     assert seen[0]["max_length_q"] == seen[0]["max_length_k"] == 11
     assert inputs["position_ids"].tolist() == [[*range(11), *range(7), *range(7), *range(10)]]
     with pytest.raises(ValueError, match="flash_attention_2 takes none; load the model with"):
@@ -464,10 +485,20 @@ def test_a_cut_across_a_row_is_refused(tiny_llama, pairs, tmp_path):
 def test_auto_pads_what_cannot_be_packed(tiny_llama, pairs, tmp_path, caplog):
     directory = save_model(tiny("mamba", "eager").float(), tiny_llama, tmp_path / "mamba")
     trainer = make_trainer(OURS, directory, pairs, tmp_path, share_prompt="auto")
-    assert "share_prompt='auto' shares no prompts: share_prompt cannot be had with Mamba" in caplog.text
+    assert (
+        "share_prompt='auto' shares no prompts: share_prompt cannot be had with Mamba"
+        in caplog.text
+    )
     assert "packing" not in trainer.data_collator([trainer.train_dataset[0]])
     with pytest.raises(ValueError, match="^padding_free cannot be had with Mamba"):
         make_trainer(OURS, directory, pairs, tmp_path, share_prompt="auto", **PADDING_FREE)
+
+
+def test_auto_leaves_an_attention_to_all_pairs_padded(tiny_llama, pairs, tmp_path, caplog):
+    eager = {"model_init_kwargs": {"attn_implementation": "eager"}}
+    trainer = make_trainer(OURS, tiny_llama, pairs, tmp_path, share_prompt="auto", **eager)
+    assert "shares no prompts: eager attention would look at all pairs" in caplog.text
+    assert "packing" not in trainer.data_collator([trainer.train_dataset[0]])
 
 
 def test_weights_that_are_not_here_yet_are_not_tried(caplog):
@@ -482,7 +513,15 @@ def test_weights_that_are_not_here_yet_are_not_tried(caplog):
 
 def test_the_command_packs(tiny_llama, pairs_file, tmp_path):
     def results(name, *options):
-        arguments = ["train", "--model", tiny_llama, "--data", pairs_file, "--output", tmp_path / name]
+        arguments = [
+            "train",
+            "--model",
+            tiny_llama,
+            "--data",
+            pairs_file,
+            "--output",
+            tmp_path / name,
+        ]
         arguments += ["--max-steps", "2", "--learning-rate", "0.01", "--objective", "dpo"]
         result = CliRunner().invoke(app, [*map(str, arguments), *options])
         assert result.exit_code == 0, result.output
@@ -492,3 +531,24 @@ def test_the_command_packs(tiny_llama, pairs_file, tmp_path):
     theirs = results("padded")
     assert ours["settings"]["padding_free"] and ours["settings"]["share_prompt"] == "true"
     assert ours["after"] == pytest.approx(theirs["after"], rel=1e-4, abs=1e-5)
+
+
+def test_the_plan_counts_what_is_saved(tiny_llama, pairs_file, pairs, tmp_path):
+    trainer = make_trainer(OURS, tiny_llama, pairs, tmp_path)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    lengths = [tuple(len(row[name]) for name in names) for row in trainer.train_dataset]
+    assert token_lengths(str(tiny_llama), pairs_file) == lengths
+    batch = trainer.data_collator(list(trainer.train_dataset)[:4])
+    found = trunk_tokens(lengths[:4], 4)
+    assert found["padded"] == batch["input_ids"].numel()
+    for name, share in (("padding_free", False), ("share_prompt", True)):
+        arguments = (batch[name] for name in ("input_ids", "attention_mask", "completion_mask"))
+        assert found[name] == len(Packing.of(*arguments, share=share).tokens)
+    arguments = ["plan", "--model", tiny_llama, "--data", pairs_file, "--pairs", "4"]
+    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    assert result.exit_code == 0, result.output
+    for name, count in trunk_tokens(lengths, 4).items():
+        (line,) = (line for line in result.output.splitlines() if name in line)
+        assert f"{count:,}" in line
+    result = CliRunner().invoke(app, [*map(str, arguments[:3]), "--data", str(tmp_path / "none")])
+    assert result.exit_code == 1

@@ -23,6 +23,8 @@ from fastpref.commands.plan import (
     head_shape,
     largest_batch,
     problem_for,
+    token_lengths,
+    trunk_tokens,
 )
 from fastpref.commands.tables import new_table, show
 from fastpref.commands.verify import SHAPES, Result, objectives_to_verify, verify
@@ -401,6 +403,10 @@ def plan_command(
         float | None, typer.Option(help="Free memory in GB; default all of the GPU's.")
     ] = None,
     budget: Annotated[int | None, typer.Option(help="logits_budget in MiB.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Pairs, as for train: counts what padding and shared prompts take."),
+    ] = None,
 ) -> None:
     """Predict FLOP, bytes and a time floor of every schedule, and of naive, TRL and Liger.
 
@@ -448,6 +454,22 @@ def plan_command(
         _fail(str(error))
     show(console, table)
     console.print(f"auto: {reason}. Predictions, not measurements; peak beyond inputs and weights.")
+    if data is not None:
+        _show_trunk_tokens(model, data, pairs)
+
+
+def _show_trunk_tokens(model: str, data: Path, pairs: int) -> None:
+    try:
+        lengths = token_lengths(model, data)
+    except (ValueError, OSError) as problem:
+        _fail(str(problem))
+    tokens = trunk_tokens(lengths, pairs)
+    table = new_table(
+        f"{len(lengths)} pairs of {data.name}, {pairs} a batch", "", "trunk tokens", "of padded"
+    )
+    for name, count in tokens.items():
+        table.add_row(name, f"{count:,}", f"{count / tokens['padded']:.2f}")
+    show(console, table)
 
 
 def default_device() -> str:

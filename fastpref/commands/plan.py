@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -144,6 +145,51 @@ def largest_batch(name: str, problem: Problem, free: int, budget: int | None = N
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+# --- the trunk's tokens -------------------------------------------------------------------------
+
+
+def token_lengths(model: str, data: Path) -> list[tuple[int, int, int]]:
+    """Tokens of prompt, chosen and rejected of each pair of a file, as training would have them."""
+    from trl.data_utils import common_prefix_length
+
+    from fastpref.commands.data import read_pairs
+    from fastpref.commands.train import examples, tokenizer_of
+
+    tokenizer = tokenizer_of(model)
+    rows = examples(read_pairs(data)[0], tokenizer.chat_template is not None)
+
+    def ids(row: dict, response: str | None) -> list[int]:
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            end = tokenizer.eos_token or ""
+            text = prompt if response is None else prompt + row[response].removesuffix(end) + end
+            return tokenizer(text)["input_ids"]
+        messages = prompt if response is None else prompt + row[response]
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=response is None, return_dict=True
+        )["input_ids"]
+
+    lengths = []
+    for row in rows:
+        prompt, *whole = (ids(row, response) for response in (None, "chosen", "rejected"))
+        common = min(common_prefix_length(prompt, each) for each in whole)
+        lengths.append((common, *(len(each) - common for each in whole)))
+    return lengths
+
+
+def trunk_tokens(lengths: list[tuple[int, int, int]], pairs: int) -> dict[str, int]:
+    """Tokens that the models run over, by how batches of `pairs`, in this order, are laid out."""
+    batches = [lengths[first : first + pairs] for first in range(0, len(lengths), pairs)]
+    return {
+        "padded": sum(2 * len(b) * max(p + max(c, r) for p, c, r in b) for b in batches),
+        "padding_free": sum(2 * p + c + r for p, c, r in lengths),
+        "share_prompt": sum(p + c + r for p, c, r in lengths),
+    }
+
+
+# --- the parts of an estimate -------------------------------------------------------------------
 
 
 def _product(problem: Problem) -> int:

@@ -297,9 +297,9 @@ def _make_trainer(
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-    tokenizer = _tokenizer(settings.model)
+    tokenizer = tokenizer_of(settings.model)
     rows = [
-        Dataset.from_list(_examples(pairs, tokenizer.chat_template is not None))
+        Dataset.from_list(examples(pairs, tokenizer.chat_template is not None))
         for pairs in (train_pairs, eval_pairs)
     ]
     weights = getattr(torch, dtype) if settings.lora else torch.float32
@@ -315,7 +315,7 @@ def _make_trainer(
     return trainer
 
 
-def _tokenizer(model: str) -> Any:
+def tokenizer_of(model: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -325,7 +325,7 @@ def _tokenizer(model: str) -> Any:
         raise ValueError(f"no tokenizer at {model}: {reason}") from None
 
 
-def _examples(pairs: list[Pair], has_template: bool) -> list[dict[str, Any]]:
+def examples(pairs: list[Pair], has_template: bool) -> list[dict[str, Any]]:
     """Rows for the trainer: messages, or text. A model with a chat template gets a chat of text."""
     rows: list[dict[str, Any]] = []
     for pair in pairs:

@@ -46,8 +46,8 @@ def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
     `model(…, loss_head=f)` returns `f(hidden, weight, bias=…, softcap=…, logit_scale=…)`, a
     `PreferenceOutput`, as a `LossHeadOutput`; `model(…, labels=labels, fused_lm_head=True)`, which
     TRL asks of reference models, returns log-probabilities exact to fp32. With either, `packing`
-    says how to run the padded `input_ids` as one packed row: `hidden` is then that row's `(1, T, H)`,
-    the log-probabilities are those of the padded batch. Any other call is the model's own.
+    says how the padded `input_ids` become one row: `hidden` is that row's `(1, T, H)`, and the
+    log-probabilities are those of the padded batch. Any other call is the model's own.
 
     The scalars come from `head_scalars` and are compared, once, with what the model's own forward
     makes of two tokens, at the cost of two such forwards. Where a vision model leaves out those of
@@ -183,8 +183,9 @@ def head_scalars(config: Any) -> HeadScalars:
 
 
 def agreed(answer: Callable[[], Any]) -> Any:
-    """What rank 0 answers, or the ValueError that it raises: with FSDP's frugal loading the others
-    have no weights yet.
+    """What rank 0 answers, or the ValueError that it raises.
+
+    With FSDP's frugal loading the others have no weights yet.
     """
     given: list[Any]
     try:
@@ -255,7 +256,7 @@ def _two_tokens(model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor, Tensor 
 
 @contextlib.contextmanager
 def trying_out(model: PreTrainedModel) -> Iterator[None]:
-    """In it forwards are an evaluation's, and leave modes and random numbers as they were.
+    """In it the model evaluates; modes and random numbers stay as they were.
 
     Raises:
         RuntimeError: the weights are elsewhere yet.

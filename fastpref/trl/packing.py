@@ -306,6 +306,12 @@ def prepare_packing(model: PreTrainedModel | PeftModel, *, share: bool) -> None:
     agreed(lambda: _try_packing(inner, share))
 
 
+def sees_all_pairs(model: Any) -> bool:
+    """Its attention looks at all T × T pairs of a row's tokens, though most are masked."""
+    implementation = model.config.get_text_config()._attn_implementation
+    return implementation not in (BY_PIECE, "flex_attention")
+
+
 def _options(share: bool) -> str:
     return "share_prompt" if share else "padding_free"
 
@@ -347,8 +353,10 @@ def _try_packing(model: Any, share: bool) -> None:
     except Exception as reason:
         raise ValueError(f"{refusal}: {type(reason).__name__}: {reason}") from reason
     found = packing.hidden_of(packed, packing.row_of[is_real.cpu()]).double()
+    # Softmax and rotations are float32 in many a float64 model.
     flash = is_flash_attention_requested(model.config.get_text_config())
-    eps = torch.finfo(torch.bfloat16 if flash else packed.dtype).eps
+    dtypes = torch.float32, torch.bfloat16 if flash else packed.dtype
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     error = ((found - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
     if not error <= eps**0.5:
         raise ValueError(

@@ -27,7 +27,7 @@ from fastpref.trl.config import (
     trl_objective,
 )
 from fastpref.trl.head import add_loss_head
-from fastpref.trl.packing import Packing, kept_places, prepare_packing
+from fastpref.trl.packing import Packing, kept_places, prepare_packing, sees_all_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,11 @@ class PreferenceTrainer(DPOTrainer):
       `weight` and `beta` are ignored then, with a warning.
     - The logged rewards are the objective's own, averages per token where its loss is one.
 
+    With `padding_free`, TRL's field, the models run one row of packed sequences in place of the
+    padded batch; with a `PreferenceConfig`'s `share_prompt` it has one copy of each prompt. Data,
+    collators, metrics and predictions stay those of the padded batch. Which models can is tried on
+    a few tokens (see `prepare_packing`).
+
     Logs every metric of TRL and those of the objective: in training means of the steps since the
     last log, as TRL; in evaluation, loss included, means over all pairs or tokens of the data set,
     each counted once, however uneven the batches and the processes' shares. (Of a stream on several
@@ -104,7 +109,8 @@ class PreferenceTrainer(DPOTrainer):
         ValueError: a column is missing, has something else than such numbers, or is a `beta` that
             the objective does not take; `objective` and `args` contradict each other; the
             objective has no reference, and `ref_model` or `sync_ref_model` is given; the model's
-            own logits are not made by its head (see `add_loss_head`).
+            own logits are not made by its head (see `add_loss_head`); packing was asked for, and
+            the model, the adapter, images or context parallelism do not allow it.
     """
 
     objective: Objective
@@ -206,8 +212,13 @@ class PreferenceTrainer(DPOTrainer):
                 raise ValueError(f"{option} packs tokens, and the data set has images")
             parallelism = self.accelerator.parallelism_config
             if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-                raise ValueError(f"{option} packs a row that context parallelism would cut anywhere")
+                raise ValueError(
+                    f"{option} packs a row that context parallelism would cut anywhere"
+                )
             prepare_packing(model, share=bool(self._share_prompt))
+            if self._share_prompt == "auto" and not self._padding_free and sees_all_pairs(model):
+                attention = model.config.get_text_config()._attn_implementation
+                raise ValueError(f"{attention} attention would look at all pairs of a row's tokens")
         except ValueError as reason:
             if self._share_prompt != "auto":
                 raise
