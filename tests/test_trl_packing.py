@@ -29,7 +29,7 @@ from fastpref.commands.cli import app
 from fastpref.commands.plan import token_lengths, trunk_tokens
 from fastpref.trl import PreferenceConfig, PreferenceTrainer
 from fastpref.trl.head import backbone_of
-from fastpref.trl.packing import BY_PIECE, Packing, kept_places, prepare_packing
+from fastpref.trl.packing import BY_PIECE, Packing, prepare_packing, scored_places
 
 PADDING_FREE, SHARED = {"padding_free": True}, {"share_prompt": True}
 PACKED = pytest.mark.parametrize("packed", [PADDING_FREE, SHARED], ids=["free", "shared"])
@@ -269,18 +269,18 @@ def test_ranked_responses_share_a_prompt(share):
     prompts, lengths = [4, 2], [[3, 5], [1, 2], [0, 4]]
     ids, real, completion = example(prompts, lengths)
     objective, scores = PlackettLuce(beta=0.1), torch.randn(6, dtype=torch.float64)
-    given = {"ref_logps": -torch.rand(6, dtype=torch.float64), "scores": scores, "responses": 3}
+    constants = {"ref_logps": -torch.rand(6, dtype=torch.float64), "scores": scores, "responses": 3}
     head, targets = model.lm_head.weight, shift_targets(ids, completion)
     hidden = model.base_model(ids, attention_mask=real).last_hidden_state
-    expected = preference_loss(hidden, head, targets, objective, **given).loss
+    expected = preference_loss(hidden, head, targets, objective, **constants).loss
     prepare_packing(model, share=share)
     packing = Packing.of(ids, real, completion, share=share, responses=3)
     assert packing.pieces.shared == share
     row = model.base_model(**packing.model_inputs(ids, model)).last_hidden_state
-    kept, cu_seqlens = kept_places(targets)
-    rows = packing.hidden_of(row, packing.row_of[kept])
+    places, cu_seqlens = scored_places(targets)
+    rows = packing.hidden_of(row, packing.row_of.flatten()[places])
     loss = preference_loss(
-        rows, head, targets[kept], objective, cu_seqlens=cu_seqlens, **given
+        rows, head, targets.flatten()[places], objective, cu_seqlens=cu_seqlens, **constants
     ).loss
     for value, theirs in zip(gradients(loss, model), gradients(expected, model), strict=True):
         assert (value - theirs).abs().max() <= DOUBLE
@@ -548,7 +548,7 @@ def test_the_plan_counts_what_is_saved(tiny_llama, pairs_file, pairs, tmp_path):
     result = CliRunner().invoke(app, [str(each) for each in arguments])
     assert result.exit_code == 0, result.output
     for name, count in trunk_tokens(lengths, 4).items():
-        (line,) = (line for line in result.output.splitlines() if name in line)
-        assert f"{count:,}" in line
+        lines = result.output.splitlines()
+        assert any(name in line and f" {count:,} " in line for line in lines), name
     result = CliRunner().invoke(app, [*map(str, arguments[:3]), "--data", str(tmp_path / "none")])
     assert result.exit_code == 1

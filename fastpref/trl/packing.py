@@ -197,14 +197,15 @@ def _common_prompt(sequences: list[Tensor], ids: Tensor, is_prompt: Tensor) -> i
     return int(same.all(0).cumprod(0).sum())
 
 
-def kept_places(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the targets `(S, L)` are scored, and `cu_seqlens` `(S + 1,)` of them.
+def scored_places(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Where flattened targets `(S, L)` are scored, `(N,)`, and `cu_seqlens` `(S + 1,)` of that.
 
-    A sequence with nothing to score keeps its first, which is ignored.
+    Of a sequence with nothing to score it has the first place, whose target is ignored.
     """
-    kept = targets != IGNORED
-    kept[:, 0] |= ~kept.any(1)
-    return kept, torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
+    scored = targets != IGNORED
+    scored[:, 0] |= ~scored.any(1)
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), scored.sum(1).cumsum(0)])
+    return scored.flatten().nonzero().flatten(), cu_seqlens
 
 
 # --- attention ----------------------------------------------------------------------------------

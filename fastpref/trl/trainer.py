@@ -27,7 +27,7 @@ from fastpref.trl.config import (
     trl_objective,
 )
 from fastpref.trl.head import add_loss_head
-from fastpref.trl.packing import Packing, kept_places, prepare_packing, sees_all_pairs
+from fastpref.trl.packing import Packing, prepare_packing, scored_places, sees_all_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -335,11 +335,11 @@ class PreferenceTrainer(DPOTrainer):
                 hidden = of_seen(hidden[:, hidden.shape[1] - length :])
                 cu_seqlens, chosen = None, slice(seen)
             else:
-                kept, cu_seqlens = kept_places(targets)
-                hidden = packing.hidden_of(hidden, of_seen(packing.row_of)[kept])
-                targets, chosen = targets[kept], slice(int(cu_seqlens[seen]))
+                places, cu_seqlens = scored_places(targets)
+                hidden = packing.hidden_of(hidden, of_seen(packing.row_of).flatten()[places])
+                targets, chosen = targets.flatten()[places], slice(int(cu_seqlens[seen]))
                 if weights is not None:
-                    weights = weights[on_device(kept, weights.device)]
+                    weights = weights.flatten()[on_device(places, weights.device)]
             weights = on_head(weights)
             out = preference_loss(
                 hidden,
