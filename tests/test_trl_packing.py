@@ -423,6 +423,8 @@ def test_flash_attention_is_told_the_sequences(monkeypatch):
         ({"share_prompt": "yes"}, "share_prompt must be True, False or 'auto', got 'yes'"),
         ({"share_prompt": 1}, "share_prompt must be True, False or 'auto', got 1"),
         ({"share_prompt": None}, "share_prompt must be True, False or 'auto', got None"),
+        ({"padding_free": "yes"}, "padding_free must be True or False, got 'yes'"),
+        ({"pad_to_multiple_of": 8, "share_prompt": "auto"}, "share_prompt='auto' packs rows"),
         ({"pad_to_multiple_of": 8, **PADDING_FREE}, "padding_free=True .* pad_to_multiple_of=8"),
         ({"pad_to_multiple_of": 8, **SHARED}, "share_prompt=True .* pad_to_multiple_of=8"),
     ],
@@ -461,7 +463,7 @@ def test_an_encoder_is_refused():
 @PACKED
 def test_virtual_tokens_are_refused(packed, tiny_llama, pairs, tmp_path):
     adapter = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="cannot train PROMPT_TUNING adapters: their virtual"):
+    with pytest.raises(ValueError, match="cannot train a PromptTuningConfig: its virtual"):
         make_trainer(OURS, tiny_llama, pairs, tmp_path, peft_config=adapter, **packed)
 
 
@@ -551,4 +553,5 @@ def test_the_plan_counts_what_is_saved(tiny_llama, pairs_file, pairs, tmp_path):
         lines = result.output.splitlines()
         assert any(name in line and f" {count:,} " in line for line in lines), name
     result = CliRunner().invoke(app, [*map(str, arguments[:3]), "--data", str(tmp_path / "none")])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
+    assert "none" in result.stderr

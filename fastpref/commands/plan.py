@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -160,7 +161,7 @@ def token_lengths(model: str, data: Path) -> list[tuple[int, int, int]]:
     tokenizer = tokenizer_of(model)
     rows = examples(read_pairs(data)[0], tokenizer.chat_template is not None)
 
-    def ids(row: dict, response: str | None) -> list[int]:
+    def ids(row: dict[str, Any], response: str | None) -> list[int]:
         prompt = row["prompt"]
         if isinstance(prompt, str):
             end = tokenizer.eos_token or ""
@@ -173,9 +174,9 @@ def token_lengths(model: str, data: Path) -> list[tuple[int, int, int]]:
 
     lengths = []
     for row in rows:
-        prompt, *whole = (ids(row, response) for response in (None, "chosen", "rejected"))
-        common = min(common_prefix_length(prompt, each) for each in whole)
-        lengths.append((common, *(len(each) - common for each in whole)))
+        prompt, chosen, rejected = (ids(row, name) for name in (None, "chosen", "rejected"))
+        common = min(common_prefix_length(prompt, each) for each in (chosen, rejected))
+        lengths.append((common, len(chosen) - common, len(rejected) - common))
     return lengths
 
 

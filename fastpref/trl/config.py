@@ -269,11 +269,13 @@ def check_packing(args: DPOConfig) -> None:
         args.share_prompt = share  # type: ignore[attr-defined]
     if not (isinstance(share, bool) or share == "auto"):
         raise ValueError(f"share_prompt must be True, False or 'auto', got {share!r}")
+    if not isinstance(args.padding_free, bool):
+        raise ValueError(f"padding_free must be True or False, got {args.padding_free!r}")
     multiple = args.pad_to_multiple_of
-    if (args.padding_free or share is True) and isinstance(multiple, int):
-        option = "padding_free" if args.padding_free else "share_prompt"
+    if (args.padding_free or share) and isinstance(multiple, int):
+        option = "padding_free=True" if args.padding_free else f"share_prompt={share!r}"
         raise ValueError(
-            f"{option}=True packs rows without padding, and pad_to_multiple_of={multiple} pads them"
+            f"{option} packs rows without padding, and pad_to_multiple_of={multiple} pads them"
         )
 
 

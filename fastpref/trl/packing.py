@@ -46,14 +46,15 @@ class Pieces:
 
         Kept: every layer asks for the same few.
         """
-        narrow = window is not None and keys > window
-        if queries == keys and not narrow:
+        if window is None or window > keys:
+            window = keys
+        if queries == keys == window:
             return None
         key = queries, keys, window, device
         if key not in self._masks:
+            first = keys - queries  # where the first query stands
             mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
-            mask = mask.tril(keys - queries)
-            self._masks[key] = mask.triu(keys - queries - window + 1) if narrow else mask
+            self._masks[key] = mask.tril(first).triu(first - window + 1)
         return self._masks[key]
 
 
@@ -280,7 +281,7 @@ def prepare_packing(model: PreTrainedModel | PeftModel, *, share: bool) -> None:
         for adapter in wrapper.peft_config.values():
             if adapter.is_prompt_learning:
                 raise ValueError(
-                    f"{_options(share)} cannot train {adapter.peft_type.value} adapters: their "
+                    f"{_options(share)} cannot train a {type(adapter).__name__}: its "
                     "virtual tokens would stand before the row, not before each sequence of it"
                 )
     inner: Any = wrapper.get_base_model() if isinstance(wrapper, PeftModel) else wrapper
