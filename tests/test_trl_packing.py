@@ -290,6 +290,7 @@ def test_ranked_responses_share_a_prompt(share):
 
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4}
 WINDOW = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 FAMILIES = {
     "llama": ({}, "sdpa"),
     "mistral": ({"sliding_window": 3}, "sdpa"),
@@ -297,12 +298,17 @@ FAMILIES = {
     "gemma3_text": ({"head_dim": 8, **WINDOW}, "sdpa"),
     "opt": ({"ffn_dim": 48, "word_embed_proj_dim": 32}, "eager"),
     "gpt2": (GPT2, "sdpa"),
+    "qwen2_moe": (
+        {"sliding_window": 3, "use_sliding_window": True, "num_experts": 4, **EXPERTS},
+        "sdpa",
+    ),
     "llama4_text": (
         {
             "num_local_experts": 2,
             "attention_chunk_size": 3,
             "head_dim": 8,
             "intermediate_size_mlp": 48,
+            "attn_temperature_tuning": False,
         },
         "sdpa",
     ),
@@ -314,7 +320,9 @@ def tiny(family, attention, **more):
     torch.manual_seed(0)
     config = CONFIG_MAPPING[family](**TINY | {"initializer_range": 0.3} | more)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    return model.eval().to(torch.float32 if "num_local_experts" in more else torch.float64)
+    return model.eval().to(
+        torch.float32 if any("experts" in name for name in more) else torch.float64
+    )
 
 
 def example(prompts, lengths):
@@ -458,6 +466,30 @@ def test_an_encoder_is_refused():
     model = T5ForConditionalGeneration(T5Config(vocab_size=101, **sizes))
     with pytest.raises(ValueError, match="^padding_free needs a decoder alone, T5"):
         prepare_packing(model, share=False)
+
+
+def test_what_few_tokens_do_not_show_is_refused():
+    """Beyond some thousand tokens Llama 4's attention is told a token's place in the row."""
+    model = tiny(
+        "llama4_text", "sdpa", **FAMILIES["llama4_text"][0] | {"attn_temperature_tuning": True}
+    )
+    with pytest.raises(ValueError, match="in long rows its attn_temperature_tuning looks beyond"):
+        prepare_packing(model, share=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [
+        ("mistral", BY_PIECE),
+        ("gemma3_text", BY_PIECE),
+        ("qwen2_moe", "sdpa"),
+        ("llama4_text", "sdpa"),
+    ],
+)
+def test_attention_goes_by_piece_where_layers_say_their_windows(family, implementation):
+    model = tiny(family, "sdpa", **FAMILIES[family][0])
+    prepare_packing(model, share=True)
+    assert model.config._attn_implementation == implementation
 
 
 @PACKED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ class Pieces:
 
     lengths: tuple[int, ...]
     continued: tuple[int | None, ...]  # the piece that each one continues
+    # What layers said of themselves when they attended by piece.
+    windows: set[int | None] = field(default_factory=set, compare=False, repr=False)
     _masks: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -162,7 +165,7 @@ class Packing:
         prompt_of = torch.tensor([-1 if p is None else p for p in self.pieces.continued])
         piece = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
         prompt = prompt_of.repeat_interleave(lengths).to(device)
-        kinds = getattr(config, "layer_types", None) or [_only_layer_type(config)]
+        kinds = _layer_types(config)
 
         def mask(kind: str) -> Any:
             near = _NEAR[kind](config)
@@ -182,8 +185,8 @@ class Packing:
                 device=device,
             )
 
-        masks = {kind: mask(kind) for kind in set(kinds)}
-        return masks if hasattr(config, "layer_types") else masks[kinds[0]]
+        masks = {kind: mask(kind) for kind in kinds}
+        return masks if hasattr(config, "layer_types") else masks.popitem()[1]
 
     def hidden_of(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """`(N, H)` of the row's hidden states `(1, T, H)`; rows `(N,)` of `row_of`, on the host."""
@@ -224,12 +227,14 @@ def attend_by_piece(
     """Transformers' SDPA attention, piece by piece where there are such: Σ L², not (Σ L)²."""
     if pieces is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    window = kwargs.get("sliding_window")
+    pieces.windows.add(window)
     queries, keys, values = (x.split(pieces.lengths, dim=2) for x in (query, key, value))
     outputs = []
     for q, k, v, prompt in zip(queries, keys, values, pieces.continued, strict=True):
         if prompt is not None:
             k, v = torch.cat([keys[prompt], k], 2), torch.cat([values[prompt], v], 2)
-        mask = pieces.mask(q.shape[2], k.shape[2], kwargs.get("sliding_window"), q.device)
+        mask = pieces.mask(q.shape[2], k.shape[2], window, q.device)
         output, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)
         outputs.append(output)
     return torch.cat(outputs, 1), None
@@ -252,11 +257,13 @@ _NEAR: dict[str, Callable[[Any], Callable[[Tensor, Tensor], Tensor]]] = {
 }
 
 
-def _only_layer_type(config: Any) -> str:
+def _layer_types(config: Any) -> set[str]:
+    if types := getattr(config, "layer_types", None):
+        return set(types)
     if getattr(config, "sliding_window", None) is not None:
-        return "sliding_attention"
+        return {"sliding_attention"}
     chunked = getattr(config, "attention_chunk_size", None) is not None
-    return "chunked_attention" if chunked else "full_attention"
+    return {"chunked_attention" if chunked else "full_attention"}
 
 
 # --- which models -------------------------------------------------------------------------------
@@ -265,9 +272,10 @@ def _only_layer_type(config: Any) -> str:
 def prepare_packing(model: PreTrainedModel | PeftModel, *, share: bool) -> None:
     """Lets the model take packed rows, or says why it cannot.
 
-    Where it attends by SDPA, it is set to do so piece by piece, which changes nothing else. Then a
-    few tokens are run, once as sequences alone and once packed: hidden states must agree to half
+    A few tokens are run, once as sequences alone and once packed: hidden states must agree to half
     their digits. A wrong mask or position changes what a token sees, rounding its last digits.
+    Where the model attends by SDPA, it is set to do so piece by piece, which changes nothing else,
+    if that agrees, and if its layers say the sliding windows that its config has.
 
     Args:
         share: prompts are to be shared too.
@@ -294,18 +302,34 @@ def prepare_packing(model: PreTrainedModel | PeftModel, *, share: bool) -> None:
             f"share_prompt needs an attention that takes masks, and {config._attn_implementation} "
             "takes none; load the model with attn_implementation='sdpa' or 'flex_attention'"
         )
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not flash and (unknown := kinds - _NEAR.keys()):
+    refusal = f"{_options(share)} cannot be had with {family_of(inner)}"
+    if not flash and (unknown := _layer_types(config) - _NEAR.keys()):
         raise ValueError(
-            f"{_options(share)} cannot be had with {family_of(inner)}: no attention mask keeps "
-            f"sequences apart in its layers of type {', '.join(sorted(unknown))}"
+            f"{refusal}: no attention mask keeps sequences apart in its layers of type "
+            f"{', '.join(sorted(unknown))}"
         )
-    # What flash attention is told of a layer is what pieces need: their window, if it has one.
-    told = inner._supports_attention_backend and inner._supports_flash_attn
-    chunked = getattr(config, "attention_chunk_size", None) is not None
-    if config._attn_implementation == "sdpa" and told and not chunked:
+    for name in _OF_LONG_ROWS:
+        if getattr(config, name, None):
+            raise ValueError(f"{refusal}: in long rows its {name} looks beyond a sequence")
+    if config._attn_implementation == "sdpa" and inner._supports_attention_backend:
         inner.set_attn_implementation(BY_PIECE)
-    agreed(lambda: _try_packing(inner, share))
+        with contextlib.suppress(ValueError):
+            if agreed(lambda: _windows_of_packed(inner, share)) == _windows(config):
+                return
+        inner.set_attn_implementation("sdpa")  # by masks
+    agreed(lambda: _windows_of_packed(inner, share))
+
+
+# Of configs: what changes attention only in rows longer than those that are tried.
+_OF_LONG_ROWS = ("attn_temperature_tuning", "index_topk")
+
+
+def _windows(config: Any) -> set[int | None]:
+    """Sliding windows of the layers, None of one without; empty if some attend in another way."""
+    kinds = _layer_types(config)
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        return set()
+    return {config.sliding_window if kind == "sliding_attention" else None for kind in kinds}
 
 
 def sees_all_pairs(model: Any) -> bool:
@@ -324,7 +348,11 @@ _PROMPTS = (3, 2, 3, 2)
 
 
 @torch.no_grad()
-def _try_packing(model: Any, share: bool) -> None:
+def _windows_of_packed(model: Any, share: bool) -> set[int | None]:
+    """Tries packed tokens; what its layers, if they attend by piece, said of their windows.
+
+    Of a model that could not be tried, that none has one.
+    """
     try:
         with trying_out(model):
             tokens = torch.tensor(ordinary_tokens(model, 8), device=model.device)
@@ -342,7 +370,7 @@ def _try_packing(model: Any, share: bool) -> None:
             type(reason).__name__,
             reason,
         )
-        return
+        return {None}
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=-1)
     is_real = ids >= 0
     is_completion = is_real.cumsum(1).cpu() > torch.tensor(_PROMPTS)[:, None]
@@ -365,3 +393,4 @@ def _try_packing(model: Any, share: bool) -> None:
             f"{refusal}: its hidden states of packed tokens differ from those of the same "
             f"sequences alone by {error:.2g} of their size, where rounding explains {eps**0.5:.1g}"
         )
+    return packing.pieces.windows
