@@ -16,11 +16,12 @@ from peft import PeftModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import ModelOutput
-from trl.trainer import utils as trl_utils
 
 from fastpref.loss import linear_logps
 from fastpref.sequences import IGNORED, copied_to_host, shift_targets
+from fastpref.trl.stock import stock
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
             logps = linear_logps(hidden, weight, targets_on_host(), bias=bias, **scalars)
             if logps.device.type != "mps":  # TRL adds them up in the dtype it is given
                 logps = logps.double()
-            return trl_utils.FusedCausalLMOutput(log_probs=logps[:, :-1])
+            return stock("trl.trainer.utils:FusedCausalLMOutput")(log_probs=logps[:, :-1])
 
     inner.forward = types.MethodType(forward, inner)
     if isinstance(wrapper, PeftModel) and "forward" in vars(wrapper.base_model):
@@ -106,7 +107,9 @@ def _head_of(model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor | None]]:
     head: Any = model.get_output_embeddings()
     weight: Any = head.weight
     bias: Any = getattr(head, "bias", None)  # wrapped by PEFT, it may have none
-    with trl_utils.maybe_gather_lm_head_ctx(weight, bias):
+    with contextlib.ExitStack() as stack:
+        if is_deepspeed_zero3_enabled():
+            stack.enter_context(stock("trl.trainer.utils:maybe_gather_lm_head_ctx")(weight, bias))
         yield _whole(weight), _whole(bias)
 
 
