@@ -100,6 +100,11 @@ RULES = (
         forbidden=("fastpref.commands",),
     ),
     Rule(
+        "the loss head needs no TRL: frameworks bring an older one, or none",
+        of=("fastpref.trl.head", "fastpref.trl.stock"),
+        others=("torch", "transformers", "peft"),
+    ),
+    Rule(
         "other frameworks get the public functions and the loss head, and nothing of TRL's trainer",
         of=("fastpref.adapters",),
         ours=("fastpref.loss", "fastpref.sequences", "fastpref.trl.head"),
