@@ -317,8 +317,8 @@ class TorchtuneDPO:
 def _decoded(model: Any, ids: Tensor, targets: Tensor) -> Tensor:
     """Log-probability and mean logit of each token `(2B, T, 2)`, in a torchtune model's forward."""
     decoder = getattr(model, "module", model)
-    head = decoder.output
-    weight_of = getattr(head, "tied_module", head)
+    head = getattr(decoder, "output", None)
+    weight_of: Any = getattr(head, "tied_module", head)
     if not hasattr(weight_of, "weight") or hasattr(head, "lora_a"):
         raise ValueError(f"torchtune's {type(head).__name__} is no plain head: leave out its LoRA")
 

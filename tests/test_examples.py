@@ -1,20 +1,28 @@
 """The examples run as the README says, and what they train is right."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(*command):
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch):
+    """Runs an example as a script would, in this process."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        runpy.run_path(str(script), run_name="__main__")
+
+    return run
 
 
 def weights(directory):
@@ -33,18 +41,21 @@ def assert_same_training(first, second, started):
         assert error <= 5e-5 * change.abs().max() + 2e-7, name
 
 
-def test_plain_loop_on_one_process_and_two(tiny_llama, pairs_file, tmp_path):
+def test_plain_loop_on_one_process_and_two(run, capsys, tiny_llama, pairs_file, tmp_path):
     """The mean of two means of two pairs is the mean of four: the head's gradient too is summed."""
     script, given = EXAMPLES / "pytorch_loop.py", (tiny_llama, pairs_file)
-    alone = run(script, *given, tmp_path / "one")
-    assert alone.splitlines()[0] == f"loss {torch.tensor(2.0).log():.4f}"
-    assert len(alone.splitlines()) == 2
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    run(*torchrun, script, *given, tmp_path / "two")
+    run(script, *given, tmp_path / "one")
+    losses = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loss")]
+    assert losses[0] == f"loss {torch.tensor(2.0).log():.4f}"
+    assert len(losses) == 2
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*torchrun, "--standalone", script, *given, tmp_path / "two"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert_same_training(tmp_path / "one", tmp_path / "two", tiny_llama)
 
 
-def test_transformers_trainer_accumulates(tiny_llama, pairs, tmp_path):
+def test_transformers_trainer_accumulates(run, tiny_llama, pairs, tmp_path):
     """Four pairs a step at once or in two parts, though the last part is a short one."""
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs[:7]))
