@@ -102,7 +102,7 @@ RULES = (
     Rule(
         "the loss head needs no TRL: frameworks bring an older one, or none",
         of=("fastpref.trl.head", "fastpref.trl.stock"),
-        others=("torch", "transformers", "peft"),
+        others=("torch", "transformers", "peft", "packaging"),
     ),
     Rule(
         "other frameworks get the public functions and the loss head, and nothing of TRL's trainer",

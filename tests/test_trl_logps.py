@@ -218,6 +218,16 @@ def test_another_trainer_is_refused_when_asked_for(monkeypatch):
         fastpref.trl.PreferenceTrainer  # noqa: B018
 
 
+def test_an_older_trl_is_refused(monkeypatch):
+    """Its names may be the same, its metrics are others; log-probabilities are what they were."""
+    monkeypatch.setattr(stock, "version", lambda name: "1.15.0")
+    with pytest.raises(RuntimeError, match="TRL 1.15.0 is installed: install trl>=1.16"):
+        fastpref.trl.PreferenceTrainer  # noqa: B018
+    use_fastpref_logps().undo()
+    monkeypatch.setattr(stock, "version", lambda name: "2.0.0")
+    assert fastpref.trl.PreferenceTrainer is PreferenceTrainer
+
+
 def test_no_trl_at_all(monkeypatch):
     def missing(name):
         raise stock.PackageNotFoundError(name)

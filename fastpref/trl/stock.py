@@ -11,6 +11,9 @@ import pkgutil
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from packaging.version import Version
+
+_OLDEST = "1.16"  # whose losses, metrics and defaults ours are
 _TRAINER = "trl.trainer.dpo_trainer:DPOTrainer"
 # Of `PreferenceTrainer`: what it calls or replaces, and the methods in whose place its own stand.
 _CALLED = (
@@ -55,7 +58,7 @@ def _mismatch(path: str, parameters: str, difference: str) -> str:
     try:
         installed = version("trl")
     except PackageNotFoundError:
-        return f"fastpref uses {path}, and TRL is not installed: install trl>=1.16"
+        return f"fastpref uses {path}, and TRL is not installed: install trl>={_OLDEST}"
     return (
         f"fastpref uses {path}({', '.join(parameters.split())}), and TRL {installed} {difference}; "
         "install trl==1.16.*, or a fastpref that knows this TRL"
@@ -64,6 +67,12 @@ def _mismatch(path: str, parameters: str, difference: str) -> str:
 
 def check_trainer() -> None:
     """Raises RuntimeError where `PreferenceTrainer` cannot extend TRL's `DPOTrainer`."""
+    stock(_TRAINER)
+    if Version(version("trl")) < Version(_OLDEST):
+        raise RuntimeError(
+            f"fastpref extends TRL {_OLDEST} and newer, and TRL {version('trl')} is "
+            f"installed: install trl>={_OLDEST}"
+        )
     for path, parameters in _CALLED:
         stock(path, parameters)
     for path, parameters in _OVERRIDDEN:
