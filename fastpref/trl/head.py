@@ -16,11 +16,12 @@ from peft import PeftModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import ModelOutput
-from trl.trainer import utils as trl_utils
 
 from fastpref.loss import linear_logps
 from fastpref.sequences import IGNORED, copied_to_host, on_device, shift_targets
+from fastpref.trl.stock import stock
 
 if TYPE_CHECKING:
     from fastpref.trl.packing import Packing
@@ -108,7 +109,7 @@ def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
                 logps.masked_scatter_(on_device(scored, logps.device), found)
             if logps.device.type != "mps":  # TRL adds them up in the dtype it is given
                 logps = logps.double()
-            return trl_utils.FusedCausalLMOutput(log_probs=logps[:, :-1])
+            return stock("trl.trainer.utils:FusedCausalLMOutput")(log_probs=logps[:, :-1])
 
     inner.forward = types.MethodType(forward, inner)
     if isinstance(wrapper, PeftModel) and "forward" in vars(wrapper.base_model):
@@ -126,7 +127,9 @@ def _head_of(model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor | None]]:
     head: Any = model.get_output_embeddings()
     weight: Any = head.weight
     bias: Any = getattr(head, "bias", None)  # wrapped by PEFT, it may have none
-    with trl_utils.maybe_gather_lm_head_ctx(weight, bias):
+    with contextlib.ExitStack() as stack:
+        if is_deepspeed_zero3_enabled():
+            stack.enter_context(stock("trl.trainer.utils:maybe_gather_lm_head_ctx")(weight, bias))
         yield _whole(weight), _whole(bias)
 
 
