@@ -15,7 +15,7 @@ import torch
 from fastpref_kernels import Epilogue
 from torch import Tensor
 
-from fastpref.backends import Grads, Head, NamedRows, RowStats, Total, Weighed, gradients
+from fastpref.backends import Grads, Head, Kept, NamedRows, RowStats, Total, Weighed, gradients
 from fastpref.backends.gradients import (
     add_target_rows,
     sliced_gradients,
@@ -117,6 +117,19 @@ def group_gradients(
     kernels.gradients_(buffer, rows.kept, rows.block, targets, rows.logps, rows.lse, coef, slopes)
     slope = head.logit_scale / head.temperature
     return buffer, torch.full_like(rows.lse, slope / kernels.SCALE)
+
+
+def put_hidden_gradient(
+    kept: Kept,
+    gradient: Tensor,  # (n, V)
+    factor: Tensor,  # (n,)
+    head: Head,
+) -> None:
+    if gradient.dtype != torch.float16 or kernels.hidden_gradient_by() == "library":
+        gradients.put_hidden_gradient(elementwise, kept, gradient, factor, head)
+        return
+    bound = head.bound if gradients.fits(head) else None
+    kernels.hidden_gradient_(gradient, head.weight, bound, factor, *kept, head.compute_dtype)
 
 
 def add_weight_gradient(
