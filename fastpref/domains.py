@@ -86,6 +86,13 @@ def require(
         raise ValueError(message + got)
 
 
+def all_finite(tensor: Tensor) -> Tensor:
+    """`()`, in two launches."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return tensor.isfinite().all()
+    return torch.linalg.vector_norm(tensor, torch.inf) < torch.inf
+
+
 def _offending(tensor: Tensor, valid: Tensor | None) -> object:
     """The first bad entry and its index, or a short tensor whole."""
     if valid is None:

@@ -24,7 +24,7 @@ from fastpref.backends import (
 from fastpref.memory import spare_bytes
 from fastpref.objectives import Objective, mean_or_zero, own_parameters, step_metrics
 from fastpref.output import PreferenceOutput
-from fastpref.planner import Problem, make_plan
+from fastpref.planner import Plan, Problem, make_plan
 from fastpref.schedules import PairGroups, PairLosses, Prompts, TokenLogps
 from fastpref.sequences import IGNORED, Rows, on_device
 
@@ -92,9 +92,7 @@ class Scheduled:
                 self.backend, of_rows,
             )  # fmt: skip
         else:
-            per_row, *extra = TokenLogps.apply(
-                flat, weight, head.bias, rows.targets, rows.index, head, plan, self.backend, of_rows
-            )
+            per_row, *extra = self._of_rows(flat, head, rows, plan, of_rows)
             alignments = None
             if prompts.fusible(objective, self.backend):
                 losses, logps, per_prompt = PairLosses.apply(
@@ -109,7 +107,9 @@ class Scheduled:
                 losses = prompts.losses(
                     objective, logps.view(responses, -1), _by_response(alignments, responses)
                 )
-            loss = losses if reduction == "none" else losses.sum() / divisor
+            loss = losses
+            if reduction != "none":
+                loss = losses.mean() if divisor == len(losses) else losses.sum() / divisor
         logps = logps.detach()
         if per_prompt is not None:
             metrics = prompts.mean_metrics(per_prompt)
@@ -119,6 +119,19 @@ class Scheduled:
             metrics = step_metrics(objective, seen)
         metrics |= _token_metrics(rows, dict(zip(stats, extra, strict=False)))
         return PreferenceOutput(loss, losses.detach(), logps, rows.lengths, metrics, plan)
+
+    def _of_rows(
+        self, flat: Tensor, head: Head, rows: Rows, plan: Plan, stats: tuple[str, ...]
+    ) -> list[Tensor]:
+        """Log-probabilities and statistics of the rows, in their order."""
+        how = head, plan, self.backend, stats
+        if len(rows.targets) < len(flat):
+            given = flat, head.weight, head.bias, rows.targets, rows.index
+            return [*TokenLogps.apply(*given, *how)]
+        # Hidden is taken as it lies: it need not be copied to have its rows in another order.
+        targets = torch.empty_like(rows.targets).index_copy_(0, rows.index, rows.targets)
+        found = TokenLogps.apply(flat, head.weight, head.bias, targets, None, *how)
+        return [x.index_select(0, rows.index) for x in found]
 
     @torch.compiler.disable
     def sequence_logps(
@@ -133,7 +146,8 @@ class Scheduled:
     ) -> tuple[Tensor, Tensor]:
         rows = Rows.of(targets, cu_seqlens, token_weights, hidden.device)
         flat, head = hidden.flatten(0, -2), _head(hidden, weight, scalars)
-        per_row = self._token_logps(flat, head, rows.targets, rows.index, ())[0]
+        plan = self._plan(flat, head, len(rows.targets))
+        per_row = self._of_rows(flat, head, rows, plan, ())[0]
         return rows.sums(per_row), rows.lengths
 
     @torch.compiler.disable
@@ -151,23 +165,18 @@ class Scheduled:
         if len(scored) < len(targets):
             targets, index = targets[scored], on_device(scored, hidden.device)
         wanted = on_device(targets, hidden.device)
-        found = self._token_logps(hidden, _head(hidden, weight, scalars), wanted, index, stats)
+        head = _head(hidden, weight, scalars)
+        plan = self._plan(hidden, head, len(wanted))
+        given = hidden, head.weight, head.bias, wanted, index
+        found = [*TokenLogps.apply(*given, head, plan, self.backend, stats)]
         if index is not None:
             found = [x.new_zeros(len(hidden)).index_copy(0, index, x) for x in found]
         return dict(zip(("logps", *stats), found, strict=True))
 
-    def _token_logps(
-        self,
-        hidden: Tensor,  # (N, H)
-        head: Head,
-        targets: Tensor,  # (n,)
-        index: Tensor | None,  # (n,)
-        stats: tuple[str, ...],
-    ) -> list[Tensor]:
-        problem = _problem(hidden, head, [len(targets)], 1, self.backend)
-        plan = make_plan(problem, schedule=self.schedule, budget=self.logits_budget)
-        given = hidden, head.weight, head.bias, targets, index
-        return [*TokenLogps.apply(*given, head, plan, self.backend, stats)]
+    def _plan(self, hidden: Tensor, head: Head, rows: int) -> Plan:
+        """For log-probabilities of tokens."""
+        problem = _problem(hidden, head, [rows], 1, self.backend)
+        return make_plan(problem, schedule=self.schedule, budget=self.logits_budget)
 
 
 def _head(hidden: Tensor, weight: Tensor, scalars: HeadOptions) -> Head:

@@ -29,7 +29,8 @@ class Rows:
     targets: Tensor  # (N,)
     weights: Tensor | None  # (N,) token weights
     offsets: Tensor  # (S + 1,) where each sequence starts among the N rows
-    counts: list[int]  # (S,) scored rows of each sequence, same order
+    lengths: Tensor  # (S,) scored tokens of each sequence, in the caller's order
+    counts: list[int]  # (S,) the same, prompt after prompt
     responses: int  # K; 1 where sequences stand alone
 
     @classmethod
@@ -59,23 +60,23 @@ class Rows:
             index = index[by_prompt]
         lengths = torch.bincount(order_of, minlength=sequences)
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        there = on_device(index, device)
+        by_response = lengths.view(-1, responses).T.flatten()
+        wanted = flat[index].to(torch.int64)
+        host = torch.cat([index, wanted, offsets, by_response])  # one copy to the device
+        sizes = [len(index), len(index), len(offsets), sequences]
+        there, wanted, offsets, by_response = on_device(host, device).split(sizes)
         weights = None
         if token_weights is not None:
             weights = on_device(token_weights, device).flatten()[there].detach()
         return cls(
             index=there,
-            targets=on_device(flat[index], device),
+            targets=wanted,
             weights=weights,
-            offsets=on_device(offsets, device),
+            offsets=offsets,
+            lengths=by_response,
             counts=lengths.tolist(),
             responses=responses,
         )
-
-    @property
-    def lengths(self) -> Tensor:
-        """Scored tokens of each sequence `(S,)`, in the caller's order."""
-        return self.in_batch_order(self.offsets.diff())
 
     def in_batch_order(self, per_sequence: Tensor) -> Tensor:
         """`(S,)` from prompt after prompt to the caller's order, response after response."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastpref.domains import FINITE, POSITIVE, Domain, require
+from fastpref.domains import FINITE, POSITIVE, Domain, all_finite, require
 from fastpref.objectives import Objective, make_objective, objective_names
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -137,7 +137,7 @@ def check_sequences(
             )
         if token_weights.is_complex():
             raise TypeError(f"token_weights must be real, got {token_weights.dtype}")
-        require(token_weights.isfinite().all(), "token_weights must be finite", token_weights)
+        require(all_finite(token_weights), "token_weights must be finite", token_weights)
         if divides:
             valid = token_weights >= 0
             message = "token_weights must not be negative where averages divide by them"
@@ -223,7 +223,7 @@ def _vector(
         )
     if tensor.device != device:
         raise ValueError(f"{argument} is on {tensor.device}, hidden on {device}")
-    require(tensor.isfinite().all(), f"{argument} must be finite", tensor)
+    require(all_finite(tensor), f"{argument} must be finite", tensor)
 
 
 def _score_hint(objective: Objective, argument: str) -> str:

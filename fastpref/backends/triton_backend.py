@@ -15,7 +15,17 @@ import torch
 from fastpref_kernels import Epilogue
 from torch import Tensor
 
-from fastpref.backends import Grads, Head, Kept, NamedRows, RowStats, Total, Weighed, gradients
+from fastpref.backends import (
+    Grads,
+    Head,
+    Kept,
+    NamedRows,
+    RowStats,
+    Total,
+    Weighed,
+    gradients,
+    torch_backend,
+)
 from fastpref.backends.gradients import (
     add_target_rows,
     sliced_gradients,
@@ -49,7 +59,7 @@ def forward(
     tile: tuple[int, int],  # the tile kernel has its own
     stats: tuple[str, ...],
 ) -> RowStats:
-    if kernels.forward_by() == "tiles":
+    if head.compute_dtype.itemsize == 2 and kernels.forward_by() == "tiles":
         found = kernels.projection_statistics(
             hidden, head.weight, targets, _epilogue(head), stats, index, head.compute_dtype
         )
@@ -153,6 +163,8 @@ def forward_with_gradients(
     stats: tuple[str, ...],
 ) -> tuple[RowStats, Tensor]:
     """Exponentials relative to the target's logit: one number a row, known before the others."""
+    if head.compute_dtype.itemsize > 2:  # the tile kernel multiplies them without tensor cores
+        return torch_backend.forward_with_gradients(hidden, targets, head, buffer, stats)
     operand, epilogue, columns = hidden.to(head.compute_dtype), _epilogue(head), buffer.shape[1]
     grad = hidden.new_zeros(hidden.shape, dtype=head.accumulate_dtype)
     anchors = _target_logits(operand, targets, head)

@@ -5,8 +5,9 @@ its shared memory must fit; half-precision products must be the architecture's o
 instructions. NVIDIA's cubins are read by the `cuobjdump` that ships inside the triton wheel, AMD's
 code objects by their own metadata.
 
-Instructions are those of the compiled kernel as it lies in memory, each once, whether it runs for
-every tile, for few of them or for none; beside them, how many of a block's elements a thread has.
+Instructions are those of the compiled kernel as it lies in memory, padding too, each once, whether
+it runs for every tile, for few of them or for none; beside them, how many of a block's elements a
+thread has.
 """
 
 from __future__ import annotations
@@ -121,8 +122,8 @@ def tables_of(found: list[tuple[Compiled, list[str]]]) -> Iterator[Table]:
     for architecture in dict.fromkeys(compiled.architecture for compiled, _ in found):
         table = new_table(
             f"{architecture}, compiled ahead of time by triton {triton.__version__}, no GPU needed",
-            *("kernel", "blocks", "warps", "registers", "spilled\nB", "shared\nKiB"),
-            *("instruc-\ntions", "matrix"),
+            *("kernel", "blocks", "registers", "spilled\nB", "shared\nKiB"),
+            *("code", "matrix"),
         )
         for compiled, faults in found:
             if compiled.architecture == architecture:
@@ -130,7 +131,6 @@ def tables_of(found: list[tuple[Compiled, list[str]]]) -> Iterator[Table]:
                 table.add_row(
                     "\n".join([name, *(f"[bold red]{fault}[/]" for fault in faults)]),
                     compiled.blocks,
-                    str(compiled.warps),
                     str(compiled.registers),
                     str(compiled.spilled),
                     f"{compiled.shared / KIB:.1f}",
@@ -176,7 +176,7 @@ def _read_cubin(asm: dict) -> tuple[int, int, int]:
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         code = _tool("nvdisasm", "--print-code", file.name)
     registers, stack, local = (_number(f"{name}:", usage) for name in ("REG", "STACK", "LOCAL"))
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)", code, re.MULTILINE)
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", code, re.MULTILINE)
     return registers, stack + local, len(instructions)
 
 

@@ -26,14 +26,19 @@ class KeptRows:
         self.compact = hidden.dtype not in (torch.bfloat16, head.accumulate_dtype)
         self.places = self.index  # in high
         self.low: Tensor | None = None
+        # On a CPU rows without a coefficient are never put; others may lie between the scored.
+        fills = torch.zeros_like
+        if hidden.device.type != "cpu" and rows == len(hidden):
+            fills = torch.empty_like
         if self.compact:
             self.places = torch.arange(rows, device=hidden.device)
             shape = rows, hidden.shape[1]
             self.high = hidden.new_zeros(shape, dtype=head.accumulate_dtype)
         else:
-            self.high = torch.zeros_like(hidden, memory_format=torch.contiguous_format)  # (M, H)
+            self.high = fills(hidden, memory_format=torch.contiguous_format)  # (M, H)
             if hidden.dtype == torch.bfloat16:
-                self.low = hidden.new_zeros(rows, hidden.shape[1], dtype=torch.int8)  # (n, H)
+                low = hidden.new_empty(rows, hidden.shape[1], dtype=torch.int8)  # (n, H)
+                self.low = low.zero_() if hidden.device.type == "cpu" else low
 
     def __getitem__(self, rows: slice) -> Kept:
         """Room for some of the rows."""

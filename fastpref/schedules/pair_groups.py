@@ -73,11 +73,15 @@ class PairGroups(torch.autograd.Function):
         ctx.gradients = groups.gradients
         constants = [losses, logps, *extra, *([] if alignments is None else [alignments])]
         ctx.mark_non_differentiable(*constants)
-        return losses.sum() / divisor, losses, logps, metrics, alignments, *extra
+        ctx.set_materialize_grads(False)
+        loss = losses.mean() if divisor == len(losses) else losses.sum() / divisor
+        return loss, losses, logps, metrics, alignments, *extra
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple:
+        if upstream is None:
+            return (None,) * 11
         if ctx.gradients is None:
             raise RuntimeError(
                 "preference_loss handed its gradients over in the first backward; for a second "
@@ -151,10 +155,10 @@ class _Gradients:
     def _add_to_head(self, live: _Live, groups: int) -> None:
         """To be one of so many."""
         gradient, operand, factor = live
-        ones = operand.new_ones(len(operand), 1)
-        for i, (parameter, rows) in enumerate(zip(self.parameters, (operand, ones), strict=True)):
+        for i, parameter in enumerate(self.parameters):
             if parameter is None:
                 continue
+            rows = operand if i == 0 else operand.new_ones(len(operand), 1)
             total = self.totals[i]
             if total is None:
                 slot = parameter if i == 0 else parameter[:, None]

@@ -209,7 +209,10 @@ class Prompts:
 
     def mean_metrics(self, per_prompt: NamedRows) -> dict[str, Tensor]:
         """Means over the counted prompts, 0 of none, from values that are 0 for the others."""
-        means = per_prompt.values.sum(1).div_(max(1, sum(self.counted))).unbind()
+        if all(self.counted) and self.counted:
+            means = per_prompt.values.mean(1).unbind()
+        else:
+            means = per_prompt.values.sum(1).div_(max(1, sum(self.counted))).unbind()
         named = zip(per_prompt.names, means, strict=True)
         return {name: mean for name, mean in named if name is not None}
 

@@ -99,12 +99,12 @@ _PROJECTION_RICH = {"sm_100": ProjectionConfig(128, 128, 64, 8, 4, descriptors=T
 # so where its slopes wait to be stored. There is room for another stage instead.
 _PROJECTION_SMALL = {
     "sm_80": ProjectionConfig(128, 64, 64, 8, 3),
+    "sm_86": ProjectionConfig(128, 64, 32, 8, 3),
     "sm_90": ProjectionConfig(128, 128, 64, 8, 4, descriptors=True),
     "sm_100": ProjectionConfig(128, 64, 64, 8, 4, descriptors=True),
 }
-# Both at 128 × 128, and exponentials to be stored, spill 24 bytes (sm_90) and 184 bytes (sm_86).
+# Both at 128 × 128, and exponentials to be stored, spill 24 bytes.
 _PROJECTION_SMALLEST = {
-    "sm_86": ProjectionConfig(128, 64, 32, 8, 3),
     "sm_90": ProjectionConfig(128, 64, 64, 8, 4, descriptors=True),
 }
 # fp32 multiplies without tensor cores, fp64 with few: small tiles, for exactness and not for speed.
