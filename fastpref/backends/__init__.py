@@ -132,7 +132,8 @@ class Total:
         return self
 
 
-class Kept(NamedTuple):
+@dataclass(frozen=True)
+class Kept:
     """Where rows of gradient are kept until their coefficients are known."""
 
     high: Tensor  # (M, H)

@@ -139,7 +139,8 @@ def put_hidden_gradient(
         gradients.put_hidden_gradient(elementwise, kept, gradient, factor, head)
         return
     bound = head.bound if gradients.fits(head) else None
-    kernels.hidden_gradient_(gradient, head.weight, bound, factor, *kept, head.compute_dtype)
+    rows = kept.high, kept.low, kept.index
+    kernels.hidden_gradient_(gradient, head.weight, bound, factor, *rows, head.compute_dtype)
 
 
 def add_weight_gradient(
