@@ -8,6 +8,7 @@ on request).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypedDict
@@ -48,6 +49,11 @@ class Head:
     def accumulate_dtype(self) -> torch.dtype:
         return accumulate_dtype(self.compute_dtype)
 
+    @functools.cached_property
+    def bound(self) -> Tensor:
+        """max |W| `()`, on its device; all of the weight is read once."""
+        return largest(self.weight)
+
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """As torch would: autocast's dtype, which leaves float64 alone, or the promotion of both."""
@@ -61,6 +67,13 @@ def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 def accumulate_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 inputs, float32 for all others."""
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+def largest(x: Tensor) -> Tensor:
+    """max |x| `()`, on its device."""
+    if not x.numel():
+        return x.new_ones(())
+    return torch.linalg.vector_norm(x, torch.inf)
 
 
 @dataclass
@@ -117,6 +130,15 @@ class Total:
             if self.low is not None:
                 self.low.zero_()
         return self
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where rows of gradient are kept until their coefficients are known."""
+
+    high: Tensor  # (M, H)
+    low: Tensor | None  # (n, H) int8 remainder of what bfloat16 is too narrow for
+    index: Tensor  # (n,) rows of high
 
 
 @dataclass
@@ -236,6 +258,15 @@ class Backend(Protocol):
 
         ∂ℓ_t/∂(W h + b) is factor_t · gradient_t: no coefficient in either.
         """
+
+    def put_hidden_gradient(
+        self,
+        kept: Kept,  # rows of ∂ℓ_t/∂h_t, written
+        gradient: Tensor,  # (n, V)
+        factor: Tensor,  # (n,)
+        head: Head,
+    ) -> None:
+        """`kept = factor · gradient @ W`, rounded once."""
 
     def add_weight_gradient(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastpref.backends import (
     Grads,
     Head,
+    Kept,
     NamedRows,
     RowStats,
     Total,
@@ -126,6 +127,20 @@ def group_gradients(
     kernels.gradients_(buffer, rows.kept, rows.block, targets, rows.logps, rows.lse, coef, slopes)
     slope = head.logit_scale / head.temperature
     return buffer, torch.full_like(rows.lse, slope / kernels.SCALE)
+
+
+def put_hidden_gradient(
+    kept: Kept,
+    gradient: Tensor,  # (n, V)
+    factor: Tensor,  # (n,)
+    head: Head,
+) -> None:
+    if gradient.dtype != torch.float16 or kernels.hidden_gradient_by() == "library":
+        gradients.put_hidden_gradient(elementwise, kept, gradient, factor, head)
+        return
+    bound = head.bound if gradients.fits(head) else None
+    rows = kept.high, kept.low, kept.index
+    kernels.hidden_gradient_(gradient, head.weight, bound, factor, *rows, head.compute_dtype)
 
 
 def add_weight_gradient(
