@@ -18,7 +18,7 @@ from fastpref.objectives import Objective
 from fastpref.output import PreferenceOutput
 from fastpref.planner import check_schedule
 from fastpref.scheduled import Scheduled
-from fastpref.validation import check_head, check_objective, check_sequences
+from fastpref.validation import check_capturable, check_head, check_objective, check_sequences
 
 # Statistics of tokens that have a mean to report.
 _AVERAGED = ("entropy", "mean_logits", "is_top1")
@@ -48,6 +48,7 @@ def preference_loss(
     backend: str = "auto",
     schedule: str = "auto",
     logits_budget: int | None = None,
+    capturable: bool = False,
     stats: Sequence[str] = (),
 ) -> PreferenceOutput:
     """Preference loss of a batch of pairs straight from hidden states; logits are never held.
@@ -94,6 +95,11 @@ def preference_loss(
             alone waits for the others. Give a number where some ranks have no loss (pipelines), in
             a CUDA graph with no step before it, and to repeat a run bit by bit on a device that
             others use too.
+        capturable: nothing of the batch is read on the host, copied from it or waited for: for CUDA
+            graphs. All K·B·T positions are projected then, scored or not. Every tensor is on
+            hidden's device, the batch padded, and each response has a scored token; which of them
+            are scored may change from replay to replay. A graph keeps the objective's numbers and
+            the budget that it was captured with; see `logits_budget`.
         stats: any of "entropy", "mean_logits", "is_top1", to be averaged into `metrics`.
 
     A response with no scored token has log-probability 0 and length 0; its prompt adds loss 0 and
@@ -113,6 +119,8 @@ def preference_loss(
     prompts = check_sequences(
         hidden, targets, cu_seqlens, token_weights, responses=responses, divides=weighted_lengths
     )
+    if capturable:
+        check_capturable(hidden, targets, cu_seqlens, token_weights)
     objective = check_objective(
         objective,
         prompts,
@@ -125,7 +133,7 @@ def preference_loss(
         extras=extras,
         reduction=reduction,
     )
-    return _computing(backend, hidden, schedule, logits_budget).preference_loss(
+    return _computing(backend, hidden, schedule, logits_budget, capturable).preference_loss(
         hidden,
         weight,
         targets,
@@ -159,6 +167,7 @@ def sequence_logps(
     backend: str = "auto",
     schedule: str = "auto",
     logits_budget: int | None = None,
+    capturable: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of whole responses: what a reference model is asked for, or any loss.
 
@@ -179,7 +188,9 @@ def sequence_logps(
     head = HeadOptions(bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     check_head(hidden, weight, targets, **head)
     check_sequences(hidden, targets, cu_seqlens, token_weights)
-    return _computing(backend, hidden, schedule, logits_budget).sequence_logps(
+    if capturable:
+        check_capturable(hidden, targets, cu_seqlens, token_weights)
+    return _computing(backend, hidden, schedule, logits_budget, capturable).sequence_logps(
         hidden, weight, targets, cu_seqlens=cu_seqlens, token_weights=token_weights, **head
     )
 
@@ -194,6 +205,7 @@ class _Options(TypedDict, total=False):
     backend: str
     schedule: str
     logits_budget: int | None
+    capturable: bool
 
 
 # An empty tuple is a sequence too: the first that fits is meant.
@@ -227,6 +239,7 @@ def linear_logps(
     backend: str = "auto",
     schedule: str = "auto",
     logits_budget: int | None = None,
+    capturable: bool = False,
     stats: Sequence[str] = (),
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Log-probability of each target, differentiable with any upstream gradient.
@@ -238,6 +251,8 @@ def linear_logps(
         stats: any of "entropy" (nats), "mean_logits", "is_top1" (bool) and "log_sum_sq_probs"
             (log Σ p²), to be returned for each token.
 
+        capturable: as in `preference_loss`; at least one target is scored.
+
     Returns:
         Log-probabilities in targets' shape, nats, fp32, 0 where the target is -100; with `stats`
         a pair of them and a dictionary of further tensors of that shape.
@@ -245,7 +260,9 @@ def linear_logps(
     head = HeadOptions(bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     stats = _names(stats)
     check_head(hidden, weight, targets, **head, stats=stats, known_stats=TOKEN_STATS)
-    found = _computing(backend, hidden, schedule, logits_budget).token_statistics(
+    if capturable:
+        check_capturable(hidden, targets.flatten()[None], None, None)
+    found = _computing(backend, hidden, schedule, logits_budget, capturable).token_statistics(
         hidden.flatten(0, -2), weight, targets.flatten(), stats=stats, **head
     )
     found = {name: value.view(targets.shape) for name, value in found.items()}
@@ -253,15 +270,19 @@ def linear_logps(
     return (logps, found) if stats else logps
 
 
-def _computing(backend: str, hidden: Tensor, schedule: str, logits_budget: int | None) -> Any:
+def _computing(
+    backend: str, hidden: Tensor, schedule: str, logits_budget: int | None, capturable: bool
+) -> Any:
     """What has the three functions: the definition where that is asked for, else the schedules."""
     check_schedule(schedule)
     if logits_budget is not None:
         _BYTES.check("logits_budget", logits_budget)
     chosen = choose_backend(backend, hidden.device)
     if backend == "reference":
+        if capturable:
+            raise ValueError("backend='reference' reads the batch on the host: not capturable")
         return reference
-    return Scheduled(chosen, schedule, logits_budget)
+    return Scheduled(chosen, schedule, logits_budget, capturable)
 
 
 def _names(stats: Sequence[str]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from fastpref.backends import (
     compute_dtype,
 )
 from fastpref.memory import spare_bytes
-from fastpref.objectives import Objective, mean_or_zero, own_parameters, step_metrics
+from fastpref.objectives import Objective, own_parameters, step_metrics
 from fastpref.output import PreferenceOutput
 from fastpref.planner import Problem, make_plan
 from fastpref.schedules import PairGroups, PairLosses, Prompts, TokenLogps
@@ -40,6 +40,7 @@ class Scheduled:
     backend: Backend
     schedule: str
     logits_budget: int | None
+    capturable: bool
 
     @torch.compiler.disable
     def preference_loss(
@@ -63,7 +64,7 @@ class Scheduled:
         **scalars: Unpack[HeadOptions],
     ) -> PreferenceOutput:
         head = _head(hidden, weight, scalars)
-        rows = Rows.of(targets, cu_seqlens, token_weights, hidden.device, responses)
+        rows = self._rows(hidden, targets, cu_seqlens, token_weights, responses)
         flat = hidden.flatten(0, -2)
         plan = make_plan(
             _problem(flat, head, rows.counts, responses, self.backend),
@@ -93,8 +94,9 @@ class Scheduled:
             )  # fmt: skip
         else:
             per_row, *extra = TokenLogps.apply(
-                flat, weight, head.bias, rows.targets, rows.index, head, plan, self.backend, of_rows
-            )
+                flat, weight, head.bias, rows.targets, rows.index, rows.places, head, plan,
+                self.backend, of_rows,
+            )  # fmt: skip
             alignments = None
             if prompts.fusible(objective, self.backend):
                 losses, logps, per_prompt = PairLosses.apply(
@@ -133,9 +135,9 @@ class Scheduled:
         token_weights: Tensor | None,
         **scalars: Unpack[HeadOptions],
     ) -> tuple[Tensor, Tensor]:
-        rows = Rows.of(targets, cu_seqlens, token_weights, hidden.device)
+        rows = self._rows(hidden, targets, cu_seqlens, token_weights)
         flat, head = hidden.flatten(0, -2), _head(hidden, weight, scalars)
-        per_row = self._token_logps(flat, head, rows.targets, rows.index, ())[0]
+        per_row = self._token_logps(flat, head, rows.targets, rows.index, rows.places, ())[0]
         return rows.sums(per_row), rows.lengths
 
     @torch.compiler.disable
@@ -148,15 +150,34 @@ class Scheduled:
         stats: tuple[str, ...],
         **scalars: Unpack[HeadOptions],
     ) -> dict[str, Tensor]:
-        scored = (targets != IGNORED).nonzero().flatten()
-        index = None
-        if len(scored) < len(targets):
-            targets, index = targets[scored], on_device(scored, hidden.device)
-        wanted = on_device(targets, hidden.device)
-        found = self._token_logps(hidden, _head(hidden, weight, scalars), wanted, index, stats)
-        if index is not None:
-            found = [x.new_zeros(len(hidden)).index_copy(0, index, x) for x in found]
+        head = _head(hidden, weight, scalars)
+        if self.capturable:
+            rows = Rows.of_all(targets[None], None)
+            given = rows.targets, rows.index, rows.places
+            found = self._token_logps(hidden, head, *given, stats)
+            found = [x.masked_fill(targets == IGNORED, 0) for x in found]
+        else:
+            scored = (targets != IGNORED).nonzero().flatten()
+            index = None
+            if len(scored) < len(targets):
+                targets, index = targets[scored], on_device(scored, hidden.device)
+            wanted = on_device(targets, hidden.device)
+            found = self._token_logps(hidden, head, wanted, index, None, stats)
+            if index is not None:
+                found = [x.new_zeros(len(hidden)).index_copy(0, index, x) for x in found]
         return dict(zip(("logps", *stats), found, strict=True))
+
+    def _rows(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        cu_seqlens: Tensor | None,
+        token_weights: Tensor | None,
+        responses: int = 1,
+    ) -> Rows:
+        if self.capturable:
+            return Rows.of_all(targets, token_weights, responses)
+        return Rows.of(targets, cu_seqlens, token_weights, hidden.device, responses)
 
     def _token_logps(
         self,
@@ -164,11 +185,12 @@ class Scheduled:
         head: Head,
         targets: Tensor,  # (n,)
         index: Tensor | None,  # (n,)
+        places: Tensor | None,  # (n,)
         stats: tuple[str, ...],
     ) -> list[Tensor]:
         problem = _problem(hidden, head, [len(targets)], 1, self.backend)
         plan = make_plan(problem, schedule=self.schedule, budget=self.logits_budget)
-        given = hidden, head.weight, head.bias, targets, index
+        given = hidden, head.weight, head.bias, targets, index, places
         return [*TokenLogps.apply(*given, head, plan, self.backend, stats)]
 
 
@@ -207,15 +229,18 @@ def _token_metrics(rows: Rows, stats: dict[str, Tensor]) -> dict[str, Tensor]:
         return {}
     k = rows.responses
     response = rows.repeat(torch.arange(len(rows.counts), device=rows.index.device) % k)
-    is_chosen, is_rejected = response == 0, response == k - 1
-    tokens = max(1, sum(rows.counts[::k])), max(1, sum(rows.counts[k - 1 :: k]))
+    if rows.scored is not None:
+        response = torch.where(rows.scored, response, -1)
+
+    def mean(name: str, of: Tensor) -> Tensor:  # 0 of nothing
+        return torch.where(of, stats[name].detach(), 0).sum() / of.sum().clamp(min=1)
+
     metrics = {}
     if "entropy" in stats:
-        metrics["entropy"] = mean_or_zero(stats["entropy"])
+        metrics["entropy"] = mean("entropy", response >= 0)
     if "is_top1" in stats:
-        metrics["mean_token_accuracy"] = (stats["is_top1"] & is_chosen).sum() / tokens[0]
+        metrics["mean_token_accuracy"] = mean("is_top1", response == 0)
     if "mean_logits" in stats:
-        values = stats["mean_logits"]
-        metrics["logits/chosen"] = torch.where(is_chosen, values, 0).sum() / tokens[0]
-        metrics["logits/rejected"] = torch.where(is_rejected, values, 0).sum() / tokens[1]
+        metrics["logits/chosen"] = mean("mean_logits", response == 0)
+        metrics["logits/rejected"] = mean("mean_logits", response == k - 1)
     return metrics

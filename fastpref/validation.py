@@ -147,6 +147,30 @@ def check_sequences(
     return sequences // (responses or 1)
 
 
+def check_capturable(
+    hidden: Tensor,
+    targets: Tensor,  # (S, T)
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+) -> None:
+    """What a step needs of a batch of which nothing may be read on the host."""
+    if cu_seqlens is not None:
+        raise ValueError(
+            "capturable=True takes padded batches (sequences, T, H): the lengths that cu_seqlens "
+            "packs differ from batch to batch, and those of a graph may not"
+        )
+    for name, tensor in (("targets", targets), ("token_weights", token_weights)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"capturable=True copies nothing from the host: {name} must be on hidden's device "
+                f"{hidden.device}, got {tensor.device}"
+            )
+    if not targets.shape[1]:
+        raise ValueError(f"capturable=True needs positions, got hidden {tuple(hidden.shape)}")
+    every = (targets != -100).any(1).all()
+    require(every, "capturable=True needs a scored token in each sequence")
+
+
 def check_objective(
     objective: Objective | str,
     prompts: int,

@@ -112,7 +112,8 @@ class _Gradients:
         self.head, self.backend, self.defers = head, backend, defers
         self.kept: KeptRows | None = None
         if hidden.requires_grad:
-            self.kept = KeptRows(hidden, rows.index, len(rows.targets), head, backend.elementwise)
+            places = rows.index if rows.places is None else rows.places
+            self.kept = KeptRows(hidden, places, len(places), head, backend.elementwise)
         self.parameters = [
             x.detach() if x is not None and x.requires_grad else None
             for x in (head.weight, head.bias)
