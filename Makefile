@@ -3,7 +3,7 @@
 PYTHON ?= python3.11
 BIN = .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test frameworks lint clean
 
 # torch first and pinned: anything that depends on it would otherwise fetch a CUDA build.
 .venv/installed: pyproject.toml constraints.txt
@@ -19,10 +19,19 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
+# Their wheels alone: what those import besides is left out or already here.
+.frameworks: constraints.txt
+	$(BIN)/pip install --quiet --no-deps --target $@ llamafactory==0.9.5 ms-swift==4.6.0 \
+		openrlhf==0.11.2 torchtune==0.6.1 verl==0.9.1
+	touch $@
+
+frameworks: .venv/installed .frameworks
+	FASTPREF_FRAMEWORKS=.frameworks $(BIN)/python -m pytest tests/test_frameworks.py
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv demo-output
+	rm -rf .venv .frameworks demo-output

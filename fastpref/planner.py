@@ -29,6 +29,7 @@ _TILE_SHARE = 8
 _MOST_TILE_BYTES = 64 * MIB
 _TILE_KERNEL_BYTES = 32 * MIB  # of an accelerator's own kernel: values of tiles, rows of a launch
 _FITTED_BYTES = 64 * MIB  # of the head, as an operand of the gradients' products
+_TILE_COLUMNS = 256  # of their tiles
 _MIN_TILE_COLUMNS = 512
 _MAX_TILE_COLUMNS = 8192
 # The frozen head's rows carry a sum of H along every slice: few enough for it to stay in the cache,
@@ -349,18 +350,19 @@ def _extra_bytes(problem: Problem, schedule: str, held: int, tile: tuple[int, in
 
 
 def _recompute_bytes(problem: Problem, tile: tuple[int, int], tile_bytes: int) -> int:
-    """Rows and their wide gradient, which becomes narrower where it lies; slices of the head."""
+    """Rows and their wide gradient, which becomes narrower where it lies; slices of the head.
+
+    Where every position is scored, the rows are hidden itself.
+    """
     wide, narrow = problem.element_bytes, problem.dtype.itemsize
-    rows = problem.rows * problem.hidden_size
+    rows, gathers = problem.rows * problem.hidden_size, problem.rows != problem.total_rows
     is_cpu, converts = problem.device == "cpu", wide != narrow
-    running = tile_bytes + rows * (narrow + wide * converts * is_cpu)
+    running = tile_bytes + rows * (narrow * gathers + wide * converts * is_cpu)
     running += tile[1] * problem.hidden_size * wide * converts * problem.head_grad
     if problem.keeps_half:  # operands of the gradients' products
         fitted = tile[1] * problem.hidden_grad + tile[0] * problem.head_grad
         running += fitted * problem.hidden_size * narrow
-    laid_out = 0
-    if problem.total_rows != problem.rows:
-        laid_out = problem.total_rows * problem.hidden_size * narrow * problem.hidden_grad
+    laid_out = problem.total_rows * problem.hidden_size * narrow * problem.hidden_grad * gathers
     return max(running, laid_out) + rows * wide * problem.hidden_grad + _head_bytes(problem)
 
 
@@ -369,7 +371,7 @@ def _frozen_bytes(problem: Problem, tile: tuple[int, int], tile_bytes: int) -> i
     wide, narrow = problem.element_bytes, problem.dtype.itemsize
     of_tile = tile[0] * problem.hidden_size * (wide + narrow + wide * (wide != narrow))
     kept, laid_out = _kept_bytes(problem)
-    return max(tile_bytes + of_tile, laid_out) + kept
+    return max(tile_bytes + of_tile + _partial_bytes(problem, tile[0]), laid_out) + kept
 
 
 def _group_bytes(problem: Problem, held: int) -> int:
@@ -379,6 +381,7 @@ def _group_bytes(problem: Problem, held: int) -> int:
     if problem.keeps_half:
         of_rows += _FITTED_BYTES * problem.hidden_grad
     group = held * problem.row_bytes + workspace_bytes(problem, held, problem.vocabulary) + of_rows
+    group += _partial_bytes(problem, held)
     kept, laid_out = _kept_bytes(problem)
     head = problem.vocabulary * problem.hidden_size * problem.head_grad
     if held == problem.rows:
@@ -387,6 +390,11 @@ def _group_bytes(problem: Problem, held: int) -> int:
         return max(group, laid_out) + kept + _head_bytes(problem) + head
     converted = _head_bytes(problem) * (_head_bytes(problem) != head * wide)
     return max(group, laid_out, converted) + kept + head * wide
+
+
+def _partial_bytes(problem: Problem, rows: int) -> int:
+    """Of what the kernels' tiles leave of so many rows: a peak and a sum of each."""
+    return rows * -(-problem.vocabulary // _TILE_COLUMNS) * 8 * problem.keeps_half
 
 
 def _kept_bytes(problem: Problem) -> tuple[int, int]:

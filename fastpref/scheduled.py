@@ -24,7 +24,7 @@ from fastpref.backends import (
 from fastpref.memory import spare_bytes
 from fastpref.objectives import Objective, own_parameters, step_metrics
 from fastpref.output import PreferenceOutput
-from fastpref.planner import Problem, make_plan
+from fastpref.planner import Plan, Problem, make_plan
 from fastpref.schedules import PairGroups, PairLosses, Prompts, TokenLogps
 from fastpref.sequences import IGNORED, Rows, on_device
 
@@ -93,10 +93,7 @@ class Scheduled:
                 self.backend, of_rows,
             )  # fmt: skip
         else:
-            per_row, *extra = TokenLogps.apply(
-                flat, weight, head.bias, rows.targets, rows.index, rows.places, head, plan,
-                self.backend, of_rows,
-            )  # fmt: skip
+            per_row, *extra = self._of_rows(flat, head, rows, plan, of_rows)
             alignments = None
             if prompts.fusible(objective, self.backend):
                 losses, logps, per_prompt = PairLosses.apply(
@@ -124,6 +121,19 @@ class Scheduled:
         metrics |= _token_metrics(rows, dict(zip(stats, extra, strict=False)))
         return PreferenceOutput(loss, losses.detach(), logps, rows.lengths, metrics, plan)
 
+    def _of_rows(
+        self, flat: Tensor, head: Head, rows: Rows, plan: Plan, stats: tuple[str, ...]
+    ) -> list[Tensor]:
+        """Log-probabilities and statistics of the rows, in their order."""
+        how = head, plan, self.backend, stats
+        if rows.places is not None or len(rows.targets) < len(flat):
+            given = flat, head.weight, head.bias, rows.targets, rows.index, rows.places
+            return [*TokenLogps.apply(*given, *how)]
+        # Hidden is taken as it lies: it need not be copied to have its rows in another order.
+        targets = torch.empty_like(rows.targets).index_copy_(0, rows.index, rows.targets)
+        found = TokenLogps.apply(flat, head.weight, head.bias, targets, None, None, *how)
+        return [x.index_select(0, rows.index) for x in found]
+
     @torch.compiler.disable
     def sequence_logps(
         self,
@@ -137,7 +147,8 @@ class Scheduled:
     ) -> tuple[Tensor, Tensor]:
         rows = self._rows(hidden, targets, cu_seqlens, token_weights)
         flat, head = hidden.flatten(0, -2), _head(hidden, weight, scalars)
-        per_row = self._token_logps(flat, head, rows.targets, rows.index, rows.places, ())[0]
+        plan = self._plan(flat, head, len(rows.targets))
+        per_row = self._of_rows(flat, head, rows, plan, ())[0]
         return rows.sums(per_row), rows.lengths
 
     @torch.compiler.disable
@@ -153,18 +164,20 @@ class Scheduled:
         head = _head(hidden, weight, scalars)
         if self.capturable:
             rows = Rows.of_all(targets[None], None)
-            given = rows.targets, rows.index, rows.places
-            found = self._token_logps(hidden, head, *given, stats)
+            plan = self._plan(hidden, head, len(targets))
+            found = self._of_rows(hidden, head, rows, plan, stats)
             found = [x.masked_fill(targets == IGNORED, 0) for x in found]
-        else:
-            scored = (targets != IGNORED).nonzero().flatten()
-            index = None
-            if len(scored) < len(targets):
-                targets, index = targets[scored], on_device(scored, hidden.device)
-            wanted = on_device(targets, hidden.device)
-            found = self._token_logps(hidden, head, wanted, index, None, stats)
-            if index is not None:
-                found = [x.new_zeros(len(hidden)).index_copy(0, index, x) for x in found]
+            return dict(zip(("logps", *stats), found, strict=True))
+        scored = (targets != IGNORED).nonzero().flatten()
+        index = None
+        if len(scored) < len(targets):
+            targets, index = targets[scored], on_device(scored, hidden.device)
+        wanted = on_device(targets, hidden.device)
+        plan = self._plan(hidden, head, len(wanted))
+        given = hidden, head.weight, head.bias, wanted, index, None
+        found = [*TokenLogps.apply(*given, head, plan, self.backend, stats)]
+        if index is not None:
+            found = [x.new_zeros(len(hidden)).index_copy(0, index, x) for x in found]
         return dict(zip(("logps", *stats), found, strict=True))
 
     def _rows(
@@ -179,19 +192,10 @@ class Scheduled:
             return Rows.of_all(targets, token_weights, responses)
         return Rows.of(targets, cu_seqlens, token_weights, hidden.device, responses)
 
-    def _token_logps(
-        self,
-        hidden: Tensor,  # (N, H)
-        head: Head,
-        targets: Tensor,  # (n,)
-        index: Tensor | None,  # (n,)
-        places: Tensor | None,  # (n,)
-        stats: tuple[str, ...],
-    ) -> list[Tensor]:
-        problem = _problem(hidden, head, [len(targets)], 1, self.backend)
-        plan = make_plan(problem, schedule=self.schedule, budget=self.logits_budget)
-        given = hidden, head.weight, head.bias, targets, index, places
-        return [*TokenLogps.apply(*given, head, plan, self.backend, stats)]
+    def _plan(self, hidden: Tensor, head: Head, rows: int) -> Plan:
+        """For log-probabilities of tokens."""
+        problem = _problem(hidden, head, [rows], 1, self.backend)
+        return make_plan(problem, schedule=self.schedule, budget=self.logits_budget)
 
 
 def _head(hidden: Tensor, weight: Tensor, scalars: HeadOptions) -> Head:

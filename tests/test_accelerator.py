@@ -191,3 +191,43 @@ def test_peaks_beside_trl():
         problem = problem_for(4096, 128256, pairs=8, length=1024, lora=lora)
         trl = {each.name: each.extra_bytes for each in estimates(problem)}["TRL 1.16"]
         assert make_plan(problem, pairs=True, schedule=schedule).extra_bytes <= share * trl
+
+
+@pytest.mark.parametrize("prompt", [0, 512])
+@pytest.mark.parametrize(
+    ("schedule", "frozen"),
+    [("pair_groups", False), ("frozen_head", True), ("recompute", False), ("recompute", True)],
+)
+@ON_OWN_KERNELS
+def test_growth_with_the_pairs(schedule, frozen, prompt, backend):
+    """By twice the hidden states of a pair, prompts included, which is what Liger grows by."""
+    pairs, _, *head = LARGE
+    peaks = []
+    for count in (pairs, 8 * pairs):
+        hidden, weight, targets = batch(count, 512, *head, frozen=frozen, prompt=prompt)
+        with PeakBytes(hidden, weight) as used:
+            output = preference_loss(hidden, weight, targets, "simpo", schedule=schedule)
+            output.loss.backward()
+        peaks.append(used.peak)
+    of_hidden = hidden.numel() * hidden.itemsize * 7 / 8
+    assert (peaks[1] - peaks[0]) / of_hidden <= 2.01  # and some numbers a row
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_recompute_moves_few_bytes(frozen):
+    """The planned tile against all others of its size, by counting what each block moves."""
+    problem = problem_for(4096, 128256, pairs=8, length=1024, lora=frozen)
+    plan = make_plan(problem, pairs=True, schedule="recompute")
+
+    def moved(rows, columns):
+        blocks, slices = -(-problem.rows // rows), -(-problem.vocabulary // columns)
+        # Rows are read twice, as are the head's; sums in float32 are read and written.
+        of_rows = problem.rows * slices * (2 * 2 + 2 * 4)
+        of_head = problem.vocabulary * blocks * (2 * 2 + 2 * 4 * (not frozen))
+        return (of_rows + of_head) * problem.hidden_size
+
+    rows, columns = plan.tile
+    assert rows * columns * 4 <= 64 * MIB
+    others = [(2**i, 2**24 // 2**i) for i in range(8, 15)]
+    assert moved(rows, columns) <= 1.05 * min(moved(*tile) for tile in others)
+    assert moved(rows, columns) < 0.7 * moved(16384, 1024)

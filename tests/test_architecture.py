@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ADAPTERS = ("fastpref.commands", "fastpref.trl")
+ADAPTERS = ("fastpref.commands", "fastpref.trl", "fastpref.adapters")
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,17 @@ RULES = (
         of=("fastpref",),
         but=("fastpref.commands",),
         forbidden=("fastpref.commands",),
+    ),
+    Rule(
+        "the loss head needs no TRL: frameworks bring an older one, or none",
+        of=("fastpref.trl.head", "fastpref.trl.stock"),
+        others=("torch", "transformers", "peft", "packaging"),
+    ),
+    Rule(
+        "other frameworks get the public functions and the loss head, and nothing of TRL's trainer",
+        of=("fastpref.adapters",),
+        ours=("fastpref.loss", "fastpref.sequences", "fastpref.trl.head"),
+        others=("torch", "openrlhf"),
     ),
     Rule(
         "trl is an adapter: it imports the core and what TRL stands on",

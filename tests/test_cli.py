@@ -414,14 +414,14 @@ def test_train_on_conversations(chat_llama, pairs, tmp_path):
 
 def test_text_that_breaks_off_is_no_turn(chat_llama, tmp_path):
     from fastpref.commands.data import Pair
-    from fastpref.commands.train import _examples
+    from fastpref.commands.train import examples
 
     pair = Pair("f:1", "Q: why? A:", " so", " no", continues=True)
-    (row,) = _examples([pair], has_template=True)
+    (row,) = examples([pair], has_template=True)
     assert row["prompt"] == "Q: why? A:"
     turns = Pair("f:2", [{"role": "user", "content": "p"}], *[[{"role": "assistant"}]] * 2)
     with pytest.raises(ValueError, match="f:2 is of another kind than f:1"):
-        _examples([pair, turns], has_template=True)
+        examples([pair, turns], has_template=True)
 
 
 def test_conversations_need_a_chat_template(tiny_llama, pairs, tmp_path):

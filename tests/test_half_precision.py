@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastpref import DPO, linear_logps, preference_loss
+from fastpref import DPO, UniDPO, linear_logps, preference_loss
 from fastpref.backends import gradients, products, torch_backend
-from fastpref.commands.verify import accumulation_error
+from fastpref.commands.verify import SHAPES, accumulation_error, verify
 
 # ‖found − truth‖ / ‖truth‖ of gradients that are rounded to bfloat16 themselves, for 1.66e-3.
 PROMISED = 2e-3
@@ -280,3 +280,16 @@ def test_the_halves_of_a_number():
     overflows = ~high[finite].isfinite() | ~x[finite].bfloat16().isfinite()
     assert ((ours <= nearest + 2 * unit) | overflows).all()
     assert torch.equal(back[known & x.isinf()], x[known & x.isinf()])
+
+
+@pytest.mark.parametrize("cuts", [False, True], ids=["rounding", "cutting off"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=lambda shape: shape.name)
+def test_what_a_gpu_is_verified_by(shape, dtype, cuts, tensor_cores, monkeypatch):
+    """`fastpref verify` allows every element what its derivation says, and no more is needed."""
+    monkeypatch.setattr("fastpref.commands.verify.multiplies_half", lambda _: True)
+    with tensor_cores(cuts):
+        found = verify(UniDPO(), shape, dtype, backend="torch")
+    assert found.keys() == {"frozen_head", "pair_groups", "recompute"}
+    for results in found.values():
+        assert all(result.passed for result in results), results

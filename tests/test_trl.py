@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-import trl
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from transformers import (
@@ -19,8 +18,7 @@ from transformers import (
     MixtralForCausalLM,
     TrainingArguments,
 )
-from trl import DPOConfig, SFTConfig, SFTTrainer, TrlParser
-from trl.trainer import utils as trl_utils
+from trl import DPOConfig, TrlParser
 from trl_runs import (
     CPU,
     DEFAULTS,
@@ -40,9 +38,7 @@ from fastpref.trl import (
     PreferenceTrainer,
     head_scalars,
     trl_objective,
-    use_fastpref_logps,
 )
-from fastpref.trl.logps import _FastprefLogps
 
 # --- beside plain TRL ---------------------------------------------------------------------------
 
@@ -431,78 +427,3 @@ def test_what_is_no_dpo_config(tiny_llama, pairs, tmp_path):
 )
 def test_head_scalars(fields, expected):
     assert head_scalars(LlamaConfig(**fields)) == expected
-
-
-# --- stock trainers -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"loss_type": ["sigmoid"]},
-        {"loss_type": ["robust"], "label_smoothing": 0.1},
-        {"loss_type": ["aot"]},
-        {"loss_type": ["discopop"], "use_weighting": True},
-        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
-    ],
-    ids=str,
-)
-def test_stock_dpo_with_fastpref_logps(options, tiny_llama, pairs, tmp_path):
-    def run():
-        return trained(make_trainer(STOCK, tiny_llama, pairs, tmp_path, optim="sgd", **options))
-
-    plain = run()
-    with use_fastpref_logps():
-        ours = run()
-    compare_runs(ours, plain, relative=1e-5)
-
-
-def test_stock_sft_with_fastpref_logps(tiny_llama, pairs, tmp_path):
-    rows = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
-
-    def run():
-        kind = SFTTrainer, SFTConfig
-        return trained(make_trainer(kind, tiny_llama, rows, tmp_path, optim="sgd"))
-
-    plain = run()
-    with use_fastpref_logps():
-        ours = run()
-    compare_runs(ours, plain, relative=1e-5)
-
-
-def test_use_fastpref_logps_is_undone():
-    stock = trl_utils._ChunkedLogProbFunction
-    handle = use_fastpref_logps()
-    assert trl_utils._ChunkedLogProbFunction is not stock
-    handle.undo()
-    assert trl_utils._ChunkedLogProbFunction is stock
-    handle.undo()
-    with pytest.raises(KeyError), use_fastpref_logps():
-        raise KeyError
-    assert trl_utils._ChunkedLogProbFunction is stock
-
-
-def test_entropy_keeps_its_gradient():
-    torch.manual_seed(0)
-    hidden = torch.randn(7, 16, requires_grad=True)
-    weight = torch.randn(101, 16, requires_grad=True)
-    targets = torch.randint(0, 101, (7,))
-    arguments = (hidden, weight, None, targets, 1.3, 32, 5.0, 0.8)
-    grads = []
-    for apply in (trl_utils._ChunkedLogProbFunction.apply, _FastprefLogps.apply):
-        logps, entropy, squares, mean, top1 = apply(*arguments)
-        (logps.sum() + (entropy**2).sum()).backward()
-        grads.append((hidden.grad, weight.grad, squares, mean, top1))
-        hidden.grad = weight.grad = None
-    for stock, ours in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
-
-
-def test_an_unknown_trl_is_refused(monkeypatch):
-    monkeypatch.setattr(trl, "__version__", "1.17.0")
-    with pytest.raises(RuntimeError, match=r"TRL 1\.16 and TRL is 1\.17\.0"):
-        use_fastpref_logps()
-    monkeypatch.setattr(trl, "__version__", "1.16.3")
-    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", object)
-    with pytest.raises(RuntimeError, match="takes"):
-        use_fastpref_logps()

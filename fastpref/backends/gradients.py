@@ -164,7 +164,8 @@ def sliced_gradients(
         of_head.append((grads.bias[:, None], _RowOperand(by, ones, factor)))
     buffer = hidden.new_empty(min(rows, len(hidden)), columns, dtype=wide)
     of_hidden = _HeadOperand(by, head)
-    for first, last, weight in weight_slices(head, columns):
+
+    def add_slice(first: int, last: int, weight: Tensor) -> None:  # what it holds goes with it
         of_gradients = of_hidden.of(weight) if grads.hidden is not None else weight
         sums = [Total(_in_dtype(slot[first:last], wide)) for slot, _ in of_head]
         for start in range(0, len(hidden), rows):
@@ -181,6 +182,9 @@ def sliced_gradients(
                 torch.mul(total.high, of_rows.inverse, out=slot[first:last])
             elif total.high.dtype != slot.dtype:
                 slot[first:last] = total.high
+
+    for first, last, weight in weight_slices(head, columns):
+        add_slice(first, last, weight)
     if grads.hidden is not None and factor is not None:
         inverse = of_hidden.inverse
         grads.hidden.mul_((factor if inverse is None else factor * inverse)[:, None])

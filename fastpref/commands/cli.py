@@ -25,6 +25,8 @@ from fastpref.commands.plan import (
     largest_batch,
     planned,
     problem_for,
+    token_lengths,
+    trunk_tokens,
 )
 from fastpref.commands.tables import new_table, show
 from fastpref.commands.verify import SHAPES, Result, objectives_to_verify, verify
@@ -143,6 +145,18 @@ def train_command(
     gradient_checkpointing: Annotated[
         bool, _run_option("Recompute activations.", "--gradient-checkpointing", panel=_MEMORY)
     ] = False,
+    padding_free: Annotated[
+        bool,
+        _run_option("Batches are one row without padding.", "--padding-free", panel=_MEMORY),
+    ] = False,
+    share_prompt: Annotated[
+        str,
+        _run_option(
+            "true: chosen and rejected attend to one copy of their prompt, in such a row; auto: "
+            "where that pays.",
+            panel=_MEMORY,
+        ),
+    ] = "false",
     precompute_ref: Annotated[
         bool, _run_option("Reference log-probabilities once, before training.")
     ] = True,
@@ -196,6 +210,8 @@ def train_command(
             lora_rank=lora_rank,
             dtype=dtype,
             gradient_checkpointing=gradient_checkpointing,
+            padding_free=padding_free,
+            share_prompt=share_prompt,
             precompute_ref=precompute_ref,
             schedule=schedule,
             seed=seed,
@@ -392,6 +408,10 @@ def plan_command(
         int | None,
         typer.Option(help="logits_budget in MiB; default as in a run that finds --free."),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Pairs, as for train: counts what padding and shared prompts take."),
+    ] = None,
 ) -> None:
     """Predict FLOP, bytes and a time floor of every schedule, and of naive, TRL and Liger.
 
@@ -442,6 +462,22 @@ def plan_command(
     if not lora:
         console.print(f"pair groups: {budget_and_why(problem, bytes_, room)}.")
     console.print(f"auto: {reason}. Predictions, not measurements; peak beyond inputs and weights.")
+    if data is not None:
+        _show_trunk_tokens(model, data, pairs)
+
+
+def _show_trunk_tokens(model: str, data: Path, pairs: int) -> None:
+    try:
+        lengths = token_lengths(model, data)
+    except (ValueError, OSError) as problem:
+        _fail(str(problem))
+    tokens = trunk_tokens(lengths, pairs)
+    table = new_table(
+        f"{len(lengths)} pairs of {data.name}, {pairs} a batch", "", "trunk tokens", "of padded"
+    )
+    for name, count in tokens.items():
+        table.add_row(name, f"{count:,}", f"{count / tokens['padded']:.2f}")
+    show(console, table)
 
 
 def default_device() -> str:

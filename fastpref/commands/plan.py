@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -179,6 +181,51 @@ def budget_and_why(problem: Problem, budget: int | None, free: int) -> str:
     else:
         why = f"1/{SHARE} of {free / 1e9:.3g} GB"
     return f"logits_budget {found / 1e9:.2f} GB, {why}"
+
+
+# --- the trunk's tokens -------------------------------------------------------------------------
+
+
+def token_lengths(model: str, data: Path) -> list[tuple[int, int, int]]:
+    """Tokens of prompt, chosen and rejected of each pair of a file, as training would have them."""
+    from trl.data_utils import common_prefix_length
+
+    from fastpref.commands.data import read_pairs
+    from fastpref.commands.train import examples, tokenizer_of
+
+    tokenizer = tokenizer_of(model)
+    rows = examples(read_pairs(data)[0], tokenizer.chat_template is not None)
+
+    def ids(row: dict[str, Any], response: str | None) -> list[int]:
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            end = tokenizer.eos_token or ""
+            text = prompt if response is None else prompt + row[response].removesuffix(end) + end
+            return tokenizer(text)["input_ids"]
+        messages = prompt if response is None else prompt + row[response]
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=response is None, return_dict=True
+        )["input_ids"]
+
+    lengths = []
+    for row in rows:
+        prompt, chosen, rejected = (ids(row, name) for name in (None, "chosen", "rejected"))
+        common = min(common_prefix_length(prompt, each) for each in (chosen, rejected))
+        lengths.append((common, len(chosen) - common, len(rejected) - common))
+    return lengths
+
+
+def trunk_tokens(lengths: list[tuple[int, int, int]], pairs: int) -> dict[str, int]:
+    """Tokens that the models run over, by how batches of `pairs`, in this order, are laid out."""
+    batches = [lengths[first : first + pairs] for first in range(0, len(lengths), pairs)]
+    return {
+        "padded": sum(2 * len(b) * max(p + max(c, r) for p, c, r in b) for b in batches),
+        "padding_free": sum(2 * p + c + r for p, c, r in lengths),
+        "share_prompt": sum(p + c + r for p, c, r in lengths),
+    }
+
+
+# --- the parts of an estimate -------------------------------------------------------------------
 
 
 def _product(problem: Problem) -> int:

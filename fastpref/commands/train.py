@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 CURVES = "curves.png"
 RESULTS = "results.json"
 DTYPES = ("auto", "float32", "bfloat16")
+SHARE_PROMPT = ("auto", "true", "false")
 LORA_RANK = 16
 
 
@@ -63,6 +64,8 @@ class TrainSettings:
     lora_rank: int | None = None  # LORA_RANK where `lora`
     dtype: str = "auto"
     gradient_checkpointing: bool = False
+    padding_free: bool = False
+    share_prompt: str = "false"
     precompute_ref: bool = True
     schedule: str = "auto"
     seed: int = number(0, at_least=0, below=2**32, whole=True)
@@ -74,6 +77,9 @@ class TrainSettings:
             raise ValueError("max_steps must be at least 1, or -1 for what epochs says, got 0")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.share_prompt not in SHARE_PROMPT:
+            expected = ", ".join(SHARE_PROMPT)
+            raise ValueError(f"share_prompt must be one of {expected}, got {self.share_prompt!r}")
         if self.lora_rank is not None and not self.lora:
             raise ValueError("lora_rank is that of adapters, which only lora trains")
         if self.lora:
@@ -272,6 +278,8 @@ def _make_trainer(
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
         gradient_checkpointing=settings.gradient_checkpointing,
+        padding_free=settings.padding_free,
+        share_prompt=settings.share_prompt,
         precompute_ref_log_probs=settings.precompute_ref,
         logging_steps=1,
         report_to=[],
@@ -289,9 +297,9 @@ def _make_trainer(
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-    tokenizer = _tokenizer(settings.model)
+    tokenizer = tokenizer_of(settings.model)
     rows = [
-        Dataset.from_list(_examples(pairs, tokenizer.chat_template is not None))
+        Dataset.from_list(examples(pairs, tokenizer.chat_template is not None))
         for pairs in (train_pairs, eval_pairs)
     ]
     weights = getattr(torch, dtype) if settings.lora else torch.float32
@@ -307,7 +315,7 @@ def _make_trainer(
     return trainer
 
 
-def _tokenizer(model: str) -> Any:
+def tokenizer_of(model: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -317,7 +325,7 @@ def _tokenizer(model: str) -> Any:
         raise ValueError(f"no tokenizer at {model}: {reason}") from None
 
 
-def _examples(pairs: list[Pair], has_template: bool) -> list[dict[str, Any]]:
+def examples(pairs: list[Pair], has_template: bool) -> list[dict[str, Any]]:
     """Rows for the trainer: messages, or text. A model with a chat template gets a chat of text."""
     rows: list[dict[str, Any]] = []
     for pair in pairs:

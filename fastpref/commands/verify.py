@@ -191,7 +191,11 @@ def verify_batch(
         how = {"backend": backend, "schedule": schedule, "logits_budget": budget}
         ours = _run(batch, objective, frozen=schedule == "frozen_head", **how)
         errors = {name: _distance(value, truth.values[name]) for name, value in ours.values.items()}
-        found[schedule] = [Result(name, error, allowed[name]) for name, error in errors.items()]
+        rounded = _of_operands(batch, objective, truth, dtype, frozen=schedule == "frozen_head")
+        found[schedule] = [
+            Result(name, error, allowed[name] + rounded.get(name, 0.0))
+            for name, error in errors.items()
+        ]
     return found
 
 
@@ -221,6 +225,8 @@ def _allowed(
     scalars = {name: batch.options[name] for name in _SCALARS if name in batch.options}
     z = reference.logits(wide.hidden.flatten(0, -2), wide.weight, bias=wide.bias, **scalars)
     of_logit = u * (1 + z.abs().max().item())
+    if _multiplies_half(batch, dtype):
+        of_logit += accumulation_error(batch.weight.shape[1], z.abs().max().item())
     single = _cast(batch, torch.float32)
     plain_z = reference.logits(
         single.hidden.flatten(0, -2), single.weight, bias=single.bias, **scalars
@@ -254,12 +260,27 @@ def _allowed(
     for name, error in logit_errors(wide, coefs, scalars, 2 * epsilon, of_slope).items():
         if name in allowed:
             allowed[name] += error
-    half = dtype.itemsize == 2 and multiplies_half(batch.hidden.device.type)
-    operand = dtype if half else accumulate_dtype(dtype)
-    for name, error in rounded_operand_errors(wide, coefs, scalars, operand).items():
-        if name in allowed:
-            allowed[name] += error
     return allowed
+
+
+def _multiplies_half(batch: Batch, dtype: torch.dtype) -> bool:
+    return dtype.itemsize == 2 and multiplies_half(batch.hidden.device.type)
+
+
+def _of_operands(
+    batch: Batch, objective: Objective, truth: _Run, dtype: torch.dtype, *, frozen: bool
+) -> dict[str, float]:
+    """What rounding the operands of the gradients' products adds to each gradient's error."""
+    scalars = {name: batch.options[name] for name in _SCALARS if name in batch.options}
+    _, coefs = _weigh(objective, batch, truth, truth.output.logps.detach())
+    wide = _cast(batch, torch.float64)
+    if not _multiplies_half(batch, dtype):
+        return rounded_operand_errors(wide, coefs, scalars, accumulate_dtype(dtype))
+    operand = torch.bfloat16 if frozen else torch.float16
+    found = rounded_operand_errors(wide, coefs, scalars, operand, exact_target=frozen)
+    found["∂W"] *= 2  # the rows as well
+    found["∂h"] += 2.0**-17 * _largest(truth.values["∂h"])
+    return found
 
 
 def accumulation_error(hidden_size: int, largest: float) -> float:
@@ -275,9 +296,13 @@ def rounded_operand_errors(
     coefs: Tensor,  # (2, B) ∂ΣL/∂ℓ
     scalars: dict[str, float],
     dtype: torch.dtype,
+    exact_target: bool = False,
 ) -> dict[str, float]:
     """The most that rounding the logits' gradient to `dtype` can do to what it is multiplied to."""
     grad_logits, hidden = (x.abs() for x in logits_gradient(batch, coefs, scalars))
+    if exact_target:
+        targets = batch.targets.flatten()
+        grad_logits.scatter_(1, targets[targets != -100][:, None], 0.0)
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     rounding = _unit(dtype) * grad_logits + smallest / 2 * (grad_logits > 0)  # (N, V)
     return {

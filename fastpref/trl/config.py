@@ -95,6 +95,11 @@ class PreferenceConfig(DPOConfig):
         backend: as in `preference_loss`.
         logits_budget: bytes of logits to hold at once, as in `preference_loss`; by default a share
             of the accelerator's free memory, the same on all ranks, or 128 MiB on a CPU.
+        padding_free: a batch is one row of packed sequences without padding; the numbers are those
+            of the padded batch, to rounding.
+        share_prompt: True to have, in one such row, one copy of each prompt, which chosen and
+            rejected both continue; "auto" where that saves 3 % of a pair's tokens or more, and the
+            model can without looking at all pairs of tokens. Packs, whatever `padding_free` says.
 
     `ld_alpha` becomes token weights, of any objective.
 
@@ -120,6 +125,13 @@ class PreferenceConfig(DPOConfig):
     logits_budget: int | None = field(
         default=None, metadata={"help": "Bytes of logits to hold at once; None for a default."}
     )
+    padding_free: bool = field(
+        default=False, metadata={"help": "Batches are one row of packed sequences."}
+    )
+    share_prompt: bool | str = field(
+        default=False,
+        metadata={"help": "Chosen and rejected attend to one copy of the prompt; true or auto."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,6 +139,7 @@ class PreferenceConfig(DPOConfig):
             raise ValueError(f"unknown schedule {self.schedule!r}; expected one of {SCHEDULES}")
         if self.backend not in BACKENDS:
             raise ValueError(f"unknown backend {self.backend!r}; expected one of {BACKENDS}")
+        check_packing(self)
         objective = self.make_objective()
         if given_beta(self) is None:
             self.beta = _OwnBeta(objective.reward_scale)
@@ -243,6 +256,27 @@ def check_beta(args: DPOConfig, objective: Objective) -> None:
         raise ValueError(
             f"beta={beta} was given, but {objective} scales its rewards by "
             f"{objective.reward_scale}; leave beta out or change the objective's own"
+        )
+
+
+def check_packing(args: DPOConfig) -> None:
+    """Raises ValueError for a `share_prompt` that is none, and for padding in a row that has none.
+
+    A command line's "true" and "false" become what they say.
+    """
+    share = getattr(args, "share_prompt", False)
+    if isinstance(share, str) and share.lower() in ("true", "false"):
+        share = share.lower() == "true"
+        args.share_prompt = share  # type: ignore[attr-defined]
+    if not (isinstance(share, bool) or share == "auto"):
+        raise ValueError(f"share_prompt must be True, False or 'auto', got {share!r}")
+    if not isinstance(args.padding_free, bool):
+        raise ValueError(f"padding_free must be True or False, got {args.padding_free!r}")
+    multiple = args.pad_to_multiple_of
+    if (args.padding_free or share) and isinstance(multiple, int):
+        option = "padding_free=True" if args.padding_free else f"share_prompt={share!r}"
+        raise ValueError(
+            f"{option} packs rows without padding, and pad_to_multiple_of={multiple} pads them"
         )
 
 

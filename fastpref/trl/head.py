@@ -9,18 +9,22 @@ import logging
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import ModelOutput
-from trl.trainer import utils as trl_utils
 
 from fastpref.loss import linear_logps
-from fastpref.sequences import IGNORED, copied_to_host, shift_targets
+from fastpref.sequences import IGNORED, copied_to_host, on_device, shift_targets
+from fastpref.trl.stock import stock
+
+if TYPE_CHECKING:
+    from fastpref.trl.packing import Packing
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +46,9 @@ def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
 
     `model(…, loss_head=f)` returns `f(hidden, weight, bias=…, softcap=…, logit_scale=…)`, a
     `PreferenceOutput`, as a `LossHeadOutput`; `model(…, labels=labels, fused_lm_head=True)`, which
-    TRL asks of reference models, returns log-probabilities exact to fp32. Any other call is the
-    model's own.
+    TRL asks of reference models, returns log-probabilities exact to fp32. With either, `packing`
+    says how the padded `input_ids` become one row: `hidden` is that row's `(1, T, H)`, and the
+    log-probabilities are those of the padded batch. Any other call is the model's own.
 
     The scalars come from `head_scalars` and are compared, once, with what the model's own forward
     makes of two tokens, at the cost of two such forwards. Where a vision model leaves out those of
@@ -55,7 +60,7 @@ def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
     """
     wrapper: Any = model
     inner: Any = wrapper.get_base_model() if isinstance(wrapper, PeftModel) else wrapper
-    scalars = _agreed_scalars(inner)
+    scalars = agreed(lambda: _confirmed_scalars(inner))
     stock_forward = inner.forward
 
     @functools.wraps(type(inner).forward)
@@ -65,6 +70,7 @@ def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
         loss_head: Callable[..., Any] | None = None,
         fused_lm_head: bool = False,
         labels: Tensor | None = None,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> Any:
         if loss_head is None and not fused_lm_head:
@@ -76,26 +82,41 @@ def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
             if labels is None:
                 raise ValueError("fused_lm_head=True needs labels")
             targets_on_host = copied_to_host(shift_targets(labels, labels.ne(IGNORED)))
-        backbone = _backbone(self)(*args, **kwargs)
+        token_counts = kwargs.get("attention_mask")
+        if packing is not None:
+            input_ids = kwargs.pop("input_ids")
+            kwargs |= packing.model_inputs(input_ids, self)
+            token_counts = on_device(packing.uses, input_ids.device)[None]
+        backbone = backbone_of(self)(*args, **kwargs)
         with _head_of(self) as (weight, bias):
             hidden = backbone.last_hidden_state.to(weight.device)
             if loss_head is not None:
                 out = loss_head(hidden, weight, bias=bias, **scalars)
-                aux_loss = _router_loss(self, backbone, kwargs)
+                aux_loss = None
+                if kwargs.get("output_router_logits"):
+                    aux_loss = _router_loss(self, backbone, token_counts)
                 return LossHeadOutput(
                     out.loss, out.losses, out.logps, out.lengths, out.metrics, aux_loss
                 )
-            logps = linear_logps(hidden, weight, targets_on_host(), bias=bias, **scalars)
+            targets = targets_on_host()
+            if packing is None:
+                logps = linear_logps(hidden, weight, targets, bias=bias, **scalars)
+            else:
+                scored = targets != IGNORED
+                rows = packing.hidden_of(hidden, packing.row_of[scored])
+                found = linear_logps(rows, weight, targets[scored], bias=bias, **scalars)
+                logps = found.new_zeros(targets.shape)
+                logps.masked_scatter_(on_device(scored, logps.device), found)
             if logps.device.type != "mps":  # TRL adds them up in the dtype it is given
                 logps = logps.double()
-            return trl_utils.FusedCausalLMOutput(log_probs=logps[:, :-1])
+            return stock("trl.trainer.utils:FusedCausalLMOutput")(log_probs=logps[:, :-1])
 
     inner.forward = types.MethodType(forward, inner)
     if isinstance(wrapper, PeftModel) and "forward" in vars(wrapper.base_model):
         wrapper.base_model.forward = inner.forward  # AdaptionPrompt keeps the one it once found
 
 
-def _backbone(model: Any) -> Any:
+def backbone_of(model: Any) -> Any:
     """`base_model`; the model itself where its prefix names nothing, as in Llama 4's text model."""
     return model.model if model.base_model is model else model.base_model
 
@@ -106,7 +127,9 @@ def _head_of(model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor | None]]:
     head: Any = model.get_output_embeddings()
     weight: Any = head.weight
     bias: Any = getattr(head, "bias", None)  # wrapped by PEFT, it may have none
-    with trl_utils.maybe_gather_lm_head_ctx(weight, bias):
+    with contextlib.ExitStack() as stack:
+        if is_deepspeed_zero3_enabled():
+            stack.enter_context(stock("trl.trainer.utils:maybe_gather_lm_head_ctx")(weight, bias))
         yield _whole(weight), _whole(bias)
 
 
@@ -115,18 +138,19 @@ def _whole(parameter: Any) -> Any:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-def _router_loss(model: PreTrainedModel, backbone: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """The load-balancing loss of a mixture of experts, where router logits were asked for."""
-    if not kwargs.get("output_router_logits"):
-        return None
+def _router_loss(model: PreTrainedModel, backbone: Any, token_counts: Tensor | None) -> Tensor:
+    """The load-balancing loss of a mixture of experts.
+
+    Args:
+        token_counts: how often each token counts, as input_ids: 0 for padding, more than once for a
+            prompt that sequences share.
+    """
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     config = model.config.get_text_config()
     experts = getattr(config, "num_experts", None) or config.num_local_experts
     balancing: Any = load_balancing_loss_func  # says that it may return a number
-    return balancing(
-        backbone.router_logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask")
-    )
+    return balancing(backbone.router_logits, experts, config.num_experts_per_tok, token_counts)
 
 
 # --- from the projection to the logits ----------------------------------------------------------
@@ -161,27 +185,26 @@ def head_scalars(config: Any) -> HeadScalars:
     return {"softcap": softcap, "logit_scale": 1.0 if scale is None else scale}
 
 
-def _agreed_scalars(model: PreTrainedModel) -> HeadScalars:
-    """The scalars that the model's own forward confirms.
+def agreed(answer: Callable[[], Any]) -> Any:
+    """What rank 0 answers, or the ValueError that it raises.
 
-    All processes take rank 0's answer: with FSDP's frugal loading the others have no weights yet.
+    With FSDP's frugal loading the others have no weights yet.
     """
-    answer: list[Any] = [None]
+    given: list[Any]
     try:
-        answer = [_confirmed_scalars(model)]
+        given = [answer(), None]
     except ValueError as refusal:
-        answer = [str(refusal)]
+        given = [None, str(refusal)]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(answer)
-    if isinstance(answer[0], str):
-        raise ValueError(answer[0])
-    return answer[0]
+        torch.distributed.broadcast_object_list(given)
+    if given[1] is not None:
+        raise ValueError(given[1])
+    return given[0]
 
 
 def _confirmed_scalars(model: PreTrainedModel) -> HeadScalars:
     """`head_scalars`, or those of them by which the model's logits of two tokens come about."""
-    configured = head_scalars(model.config)
-    family = f"{type(model).__name__} (model type {model.config.model_type!r})"
+    configured, family = head_scalars(model.config), family_of(model)
     if model.get_output_embeddings() is None:
         raise ValueError(f"{family} has no output embeddings, so there is no head to train through")
     if model.base_model is model and not hasattr(model, "model"):
@@ -227,25 +250,39 @@ def _confirmed_scalars(model: PreTrainedModel) -> HeadScalars:
 
 def _two_tokens(model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The model's own logits `(1, ≤2, V)`, last hidden state `(1, 2, H)`, head weight and bias."""
+    with trying_out(model), torch.no_grad(), _head_of(model) as (weight, bias):
+        ids = torch.tensor([ordinary_tokens(model, 2)], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits
+        hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+        return logits.to(weight.device), hidden.to(weight.device), weight, bias
+
+
+@contextlib.contextmanager
+def trying_out(model: PreTrainedModel) -> Iterator[None]:
+    """In it the model evaluates; modes and random numbers stay as they were.
+
+    Raises:
+        RuntimeError: the weights are elsewhere yet.
+    """
     if any(p.is_meta or hasattr(p, "ds_id") for p in model.parameters()):
         raise RuntimeError("its weights are not on this device yet")
     modes = {module: module.training for module in model.modules()}
     rng_of = [model.device] if model.device.type == "cuda" else []
-    ids = torch.tensor([_ordinary_tokens(model)], device=model.device)
     try:
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=rng_of):
-            logits = model(input_ids=ids, use_cache=False).logits
-            hidden = _backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
-            with _head_of(model) as (weight, bias):
-                return logits.to(weight.device), hidden.to(weight.device), weight, bias
+        with torch.random.fork_rng(devices=rng_of):
+            yield
     finally:
         for module, training in modes.items():
             module.training = training
 
 
-def _ordinary_tokens(model: PreTrainedModel) -> list[int]:
-    """Two tokens from the middle of the vocabulary which no config names (padding, an image, …)."""
+def family_of(model: PreTrainedModel) -> str:
+    return f"{type(model).__name__} (model type {model.config.model_type!r})"
+
+
+def ordinary_tokens(model: PreTrainedModel, count: int) -> list[int]:
+    """Tokens from the middle of the vocabulary which no config names (padding, an image, …)."""
     special = set()
     for config in (model.config, model.config.get_text_config()):
         for name, value in config.to_dict().items():
@@ -254,7 +291,7 @@ def _ordinary_tokens(model: PreTrainedModel) -> list[int]:
     embeddings: Any = model.get_input_embeddings()
     vocabulary = embeddings.weight.shape[0]
     middle = range(vocabulary // 2, vocabulary)
-    return list(itertools.islice((token for token in middle if token not in special), 2))
+    return list(itertools.islice((token for token in middle if token not in special), count))
 
 
 @torch.no_grad()

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from typing import Any
 
-import trl
-from packaging.version import Version
 from torch import Tensor
-from trl.trainer import utils
 
 from fastpref.loss import linear_logps
+from fastpref.trl.stock import stock
 
-trl_utils: Any = utils  # a module of which a name is rebound
-
-_SUPPORTED_TRL = "1.16"
-_CHUNKED_APPLY = (
-    "hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs"
+_REPLACED = "_ChunkedLogProbFunction"
+_FORWARD = (
+    "ctx hidden weight bias targets temperature chunk_size "
+    "final_logit_softcapping logit_scale outputs"
 )
 
 
@@ -30,7 +26,7 @@ class LogpsHandle(contextlib.AbstractContextManager):
     def undo(self) -> None:
         """Gives TRL its own function back; calling it again does nothing."""
         if self._replaced is not None:
-            trl_utils._ChunkedLogProbFunction = self._replaced
+            setattr(stock("trl.trainer.utils"), _REPLACED, self._replaced)
             self._replaced = None
 
     def __exit__(self, *_: object) -> None:
@@ -49,23 +45,12 @@ def use_fastpref_logps() -> LogpsHandle:
         A handle whose `undo()` restores TRL's function; also a context manager.
 
     Raises:
-        RuntimeError: a TRL version, or a signature of the replaced function, not known to fit.
+        RuntimeError: TRL has no such function, or it takes other parameters.
     """
-    release = Version(trl.__version__)
-    if f"{release.major}.{release.minor}" != _SUPPORTED_TRL:
-        raise RuntimeError(
-            f"use_fastpref_logps replaces a private function of TRL {_SUPPORTED_TRL} and TRL is "
-            f"{trl.__version__}; install trl=={_SUPPORTED_TRL}.* or call fastpref.linear_logps"
-        )
-    replaced = getattr(trl_utils, "_ChunkedLogProbFunction", None)
+    replaced = stock(f"trl.trainer.utils:{_REPLACED}")
     if replaced is not _FastprefLogps:
-        forward = getattr(replaced, "forward", None)
-        found = " ".join(list(inspect.signature(forward).parameters)[1:]) if forward else "nothing"
-        if found != _CHUNKED_APPLY:
-            raise RuntimeError(
-                f"TRL's _ChunkedLogProbFunction takes ({found}), expected ({_CHUNKED_APPLY})"
-            )
-    trl_utils._ChunkedLogProbFunction = _FastprefLogps
+        stock(f"trl.trainer.utils:{_REPLACED}.forward", _FORWARD, exactly=True)
+    setattr(stock("trl.trainer.utils"), _REPLACED, _FastprefLogps)
     return LogpsHandle(replaced)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,34 +18,48 @@ from trl.trainer.utils import create_model_from_path
 from fastpref.columns import OF_PAIRS, LossColumns, possible_columns
 from fastpref.loss import linear_logps, preference_loss
 from fastpref.objectives import Objective
-from fastpref.sequences import IGNORED, copied_to_host, shift_targets
+from fastpref.sequences import IGNORED, copied_to_host, on_device, shift_targets
 from fastpref.trl.config import (
     PreferenceConfig,
     check_beta,
     check_own_objective,
+    check_packing,
     trl_objective,
 )
 from fastpref.trl.head import add_loss_head
+from fastpref.trl.packing import Packing, prepare_packing, scored_places, sees_all_pairs
 
 logger = logging.getLogger(__name__)
 
 _TOKEN_STATS = ("entropy", "mean_logits", "is_top1")
 _COLUMNS = "loss_columns"  # of a batch: arguments of preference_loss that columns give
+_PACKING = "packing"  # of a batch, and of the model's forward: how its sequences become one row
 _NOT_FOR_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", _COLUMNS)
 
 
-class _WithColumns:
-    """A collator that also carries what the loss takes from columns.
+class _WithMore:
+    """A collator that also carries what the loss takes from columns, and how to pack the batch.
 
     In all else it is the one that it wraps, whose attributes are read and set through it.
     """
 
-    def __init__(self, collator: Callable[[list[dict]], dict], objective: Objective) -> None:
-        vars(self).update(collator=collator, objective=objective)
+    def __init__(
+        self,
+        collator: Callable[[list[dict]], dict],
+        objective: Objective | None,  # None: no columns
+        share: bool | str | None,  # prompts of a packed batch; None: it is not packed
+    ) -> None:
+        vars(self).update(collator=collator, objective=objective, share=share)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        columns = LossColumns(self.objective, examples[0].keys(), "the batch").tensors(examples)
-        return self.collator(examples) | {_COLUMNS: columns}
+        more: dict[str, Any] = {}
+        if self.objective is not None:
+            columns = LossColumns(self.objective, examples[0].keys(), "the batch")
+            more[_COLUMNS] = columns.tensors(examples)
+        batch = self.collator(examples) | more
+        if self.share is not None:
+            batch[_PACKING] = _packing_of(batch, self.share)
+        return batch
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.collator, name)
@@ -55,7 +68,7 @@ class _WithColumns:
         setattr(self.collator, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.collator, self.objective)
+        return type(self), (self.collator, self.objective, self.share)
 
 
 class PreferenceTrainer(DPOTrainer):
@@ -77,6 +90,11 @@ class PreferenceTrainer(DPOTrainer):
       `weight` and `beta` are ignored then, with a warning.
     - The logged rewards are the objective's own, averages per token where its loss is one.
 
+    With `padding_free`, TRL's field, the models run one row of packed sequences in place of the
+    padded batch; with a `PreferenceConfig`'s `share_prompt` it has one copy of each prompt. Data,
+    collators, metrics and predictions stay those of the padded batch. Which models can is tried on
+    a few tokens (see `prepare_packing`).
+
     Logs every metric of TRL and those of the objective: in training means of the steps since the
     last log, as TRL; in evaluation, loss included, means over all pairs or tokens of the data set,
     each counted once, however uneven the batches and the processes' shares. (Of a stream on several
@@ -91,7 +109,8 @@ class PreferenceTrainer(DPOTrainer):
         ValueError: a column is missing, has something else than such numbers, or is a `beta` that
             the objective does not take; `objective` and `args` contradict each other; the
             objective has no reference, and `ref_model` or `sync_ref_model` is given; the model's
-            own logits are not made by its head (see `add_loss_head`).
+            own logits are not made by its head (see `add_loss_head`); packing was asked for, and
+            the model, the adapter, images or context parallelism do not allow it.
     """
 
     objective: Objective
@@ -130,9 +149,14 @@ class PreferenceTrainer(DPOTrainer):
                 if given:
                     name = type(self.objective).__name__
                     raise ValueError(f"{option} is given, but {name} has no reference model")
+        check_packing(args)
+        self._share_prompt: bool | str = getattr(args, "share_prompt", False)
+        self._padding_free = bool(args.padding_free)
+        self._packs = bool(self._padding_free or self._share_prompt)
         with (
             _replaced(dpo_trainer, "add_fused_lm_head", self._add_head),
             _replaced(dpo_trainer, "create_model_from_path", self._load_model),
+            _replaced(args, "padding_free", False),  # of which TRL says that it pads nevertheless
         ):
             super().__init__(model, ref_model, args, *positional, **kwargs)
         self.precompute_ref_logps &= self._uses_reference
@@ -142,8 +166,12 @@ class PreferenceTrainer(DPOTrainer):
             "backend": getattr(args, "backend", "auto"),
             "logits_budget": getattr(args, "logits_budget", None),
         }
-        if not self._as_trl:
-            self.data_collator = _WithColumns(self.data_collator, self.objective)
+        if self._packs or not self._as_trl:
+            self.data_collator = _WithMore(
+                self.data_collator,
+                None if self._as_trl else self.objective,
+                self._share_prompt if self._packs else None,
+            )
         if self._is_vision_dataset:  # which TRL does not prepare
             self.train_dataset = self._checked(self.train_dataset, "train")
             if isinstance(self.eval_dataset, dict):
@@ -171,7 +199,33 @@ class PreferenceTrainer(DPOTrainer):
 
     def _add_head(self, model: Any, **_: Any) -> None:
         """Stands in for TRL's fused head, which is given a PeftModel's inner model."""
-        add_loss_head(self.ref_model if model is self.ref_model else self.model)
+        whole = self.ref_model if model is self.ref_model else self.model
+        add_loss_head(whole)
+        if self._packs:
+            self._prepare_packing(whole)
+
+    def _prepare_packing(self, model: Any) -> None:
+        """Has the model take packed rows; where it cannot, "auto" shares no prompts."""
+        option = "share_prompt" if self._share_prompt else "padding_free"
+        try:
+            if self._is_vision_dataset:
+                raise ValueError(f"{option} packs tokens, and the data set has images")
+            parallelism = self.accelerator.parallelism_config
+            if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+                raise ValueError(
+                    f"{option} packs a row that context parallelism would cut anywhere"
+                )
+            prepare_packing(model, share=bool(self._share_prompt))
+            if self._share_prompt == "auto" and not self._padding_free and sees_all_pairs(model):
+                attention = model.config.get_text_config()._attn_implementation
+                raise ValueError(f"{attention} attention would look at all pairs of a row's tokens")
+        except ValueError as reason:
+            if self._share_prompt != "auto":
+                raise
+            logger.warning("share_prompt='auto' shares no prompts: %s", reason)
+            self._share_prompt, self._packs = False, self._padding_free
+            if self._packs:
+                self._prepare_packing(model)
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
@@ -231,8 +285,14 @@ class PreferenceTrainer(DPOTrainer):
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        inputs = {name: value for name, value in inputs.items() if name != _COLUMNS}
+        inputs = {name: value for name, value in self._packed(inputs).items() if name != _COLUMNS}
         return super().compute_ref_log_probs(model, inputs)
+
+    def _packed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """With how to pack them, which our collator says without a wait for the device."""
+        if not self._packs or _PACKING in inputs:
+            return inputs
+        return inputs | {_PACKING: _packing_of(inputs, self._share_prompt)}
 
     def _ref_logps(self, inputs: dict[str, Any]) -> Tensor | None:
         """Reference log-probabilities `(2B,)`, chosen first."""
@@ -246,6 +306,7 @@ class PreferenceTrainer(DPOTrainer):
     def _compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False
     ) -> Tensor | tuple[Tensor, Any]:
+        inputs = self._packed(inputs)
         completion_mask = inputs["completion_mask"]
         length = completion_mask.shape[1]
         pairs = len(completion_mask) // 2
@@ -266,32 +327,41 @@ class PreferenceTrainer(DPOTrainer):
         columns = _each(of_seen, inputs.get(_COLUMNS, {}))
         token_weights = _length_weights(completion_mask, self.ld_alpha)
         untouched = 0.0 if token_weights is None else self._sft_weight
+        packing = inputs.get(_PACKING)
 
         def loss_head(hidden: Tensor, weight: Tensor, **head: Any) -> Any:
-            # Prompt-learning adapters prepend virtual tokens.
-            hidden = of_seen(hidden[:, hidden.shape[1] - length :])
-            on_head, targets = _mover(hidden.device), targets_on_host()
+            on_head, targets, weights = _mover(hidden.device), targets_on_host(), token_weights
+            if packing is None:  # prompt-learning adapters prepend virtual tokens
+                hidden = of_seen(hidden[:, hidden.shape[1] - length :])
+                cu_seqlens, chosen = None, slice(seen)
+            else:
+                places, cu_seqlens = scored_places(targets)
+                hidden = packing.hidden_of(hidden, of_seen(packing.row_of).flatten()[places])
+                targets, chosen = targets.flatten()[places], slice(int(cu_seqlens[seen]))
+                if weights is not None:
+                    weights = weights.flatten()[on_device(places, weights.device)]
+            weights = on_head(weights)
             out = preference_loss(
                 hidden,
                 weight,
                 targets,
                 self.objective,
                 ref_logps=on_head(ref_logps),
-                token_weights=on_head(token_weights),
+                cu_seqlens=cu_seqlens,
+                token_weights=weights,
                 schedule=self._schedule,
                 stats=_TOKEN_STATS,
                 **_each(on_head, columns),
                 **head,
                 **self._computing,
             )
-            if token_weights is None or not untouched:
+            if weights is None or not untouched:
                 return out
             # TRL's sft leaves ld_alpha out: what the token weights took from it is given back.
-            chosen = slice(0, seen)
-            rest = on_head(1 - token_weights[chosen])
+            rest = 1 - weights[chosen]
             wanted = targets[chosen].masked_fill((rest == 0).to(targets.device), IGNORED)
             logps = linear_logps(hidden[chosen], weight, wanted, **head, **self._computing)
-            nll = -(rest * logps).sum() / out.lengths[chosen].sum().clamp(min=1)
+            nll = -(rest * logps).sum() / out.lengths[:seen].sum().clamp(min=1)
             return dataclasses.replace(out, loss=out.loss + untouched * nll)
 
         model_inputs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_MODEL}
@@ -304,6 +374,7 @@ class PreferenceTrainer(DPOTrainer):
             metrics["aux_loss"] = outputs.aux_loss.detach()
         self._record(metrics, outputs.lengths, inputs["attention_mask"])
         if return_outputs:
+            model_inputs.pop(_PACKING, None)  # predictions are the padded batch's
             with torch.no_grad():
                 outputs = model(**model_inputs, use_cache=False)
         return (loss, outputs) if return_outputs else loss
@@ -364,6 +435,12 @@ def _objective(args: DPOConfig) -> Objective:
     return args.make_objective() if isinstance(args, PreferenceConfig) else trl_objective(args)
 
 
+def _packing_of(batch: Mapping[str, Any], share: bool | str) -> Packing:
+    return Packing.of(
+        batch["input_ids"], batch["attention_mask"], batch["completion_mask"], share=share
+    )
+
+
 def _each(function: Callable[[Tensor], Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """`function` of every tensor, those of extras too."""
     return {
@@ -389,10 +466,10 @@ def _length_weights(completion_mask: Tensor, ld_alpha: float | None) -> Tensor |
 
 
 @contextlib.contextmanager
-def _replaced(module: types.ModuleType, name: str, value: Any) -> Iterator[None]:
-    original = getattr(module, name)
-    setattr(module, name, value)
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(module, name, original)
+        setattr(owner, name, original)
