@@ -18,7 +18,13 @@ from fastpref.objectives import Objective
 from fastpref.output import PreferenceOutput
 from fastpref.planner import check_schedule
 from fastpref.scheduled import Scheduled
-from fastpref.validation import check_capturable, check_head, check_objective, check_sequences
+from fastpref.validation import (
+    check_capturable,
+    check_head,
+    check_objective,
+    check_sequences,
+    check_weight_grad,
+)
 
 # Statistics of tokens that have a mean to report.
 _AVERAGED = ("entropy", "mean_logits", "is_top1")
@@ -49,6 +55,8 @@ def preference_loss(
     schedule: str = "auto",
     logits_budget: int | None = None,
     capturable: bool = False,
+    weight_grad: Tensor | None = None,  # (V, H)
+    weight_grad_scale: float = 1.0,
     stats: Sequence[str] = (),
 ) -> PreferenceOutput:
     """Preference loss of a batch of pairs straight from hidden states; logits are never held.
@@ -100,6 +108,14 @@ def preference_loss(
             hidden's device, the batch padded, and each response has a scored token; which of them
             are scored may change from replay to replay. A graph keeps the objective's numbers and
             the budget that it was captured with; see `logits_budget`.
+        weight_grad: buffer `(V, H)` to which weight's gradient is added, in weight's dtype or fp32:
+            `weight.grad`, or a `main_grad` of the optimizer's. Autograd gives weight no gradient
+            then, so that its hooks do not fire, and no tensor of that size is made: of several
+            groups of prompts into bf16 an int8 remainder, so that the step is rounded once. With
+            several groups the forward adds already: a loss without a backward leaves its gradient
+            there. Not with reduction="none". Without gradients nothing is added.
+        weight_grad_scale: the upstream gradient that the loss will get, such as 1 / accumulation
+            steps, times a loss scale if there is one; the backward checks it in every schedule.
         stats: any of "entropy", "mean_logits", "is_top1", to be averaged into `metrics`.
 
     A response with no scored token has log-probability 0 and length 0; its prompt adds loss 0 and
@@ -121,6 +137,7 @@ def preference_loss(
     )
     if capturable:
         check_capturable(hidden, targets, cu_seqlens, token_weights)
+    check_weight_grad(weight, weight_grad, weight_grad_scale, reduction)
     objective = check_objective(
         objective,
         prompts,
@@ -133,7 +150,8 @@ def preference_loss(
         extras=extras,
         reduction=reduction,
     )
-    return _computing(backend, hidden, schedule, logits_budget, capturable).preference_loss(
+    into = weight_grad, weight_grad_scale
+    return _computing(backend, hidden, schedule, logits_budget, capturable, *into).preference_loss(
         hidden,
         weight,
         targets,
@@ -271,7 +289,13 @@ def linear_logps(
 
 
 def _computing(
-    backend: str, hidden: Tensor, schedule: str, logits_budget: int | None, capturable: bool
+    backend: str,
+    hidden: Tensor,
+    schedule: str,
+    logits_budget: int | None,
+    capturable: bool,
+    weight_grad: Tensor | None = None,
+    weight_grad_scale: float = 1.0,
 ) -> Any:
     """What has the three functions: the definition where that is asked for, else the schedules."""
     check_schedule(schedule)
@@ -281,8 +305,10 @@ def _computing(
     if backend == "reference":
         if capturable:
             raise ValueError("backend='reference' reads the batch on the host: not capturable")
+        if weight_grad is not None:
+            raise ValueError("backend='reference' leaves gradients to autograd: no weight_grad")
         return reference
-    return Scheduled(chosen, schedule, logits_budget, capturable)
+    return Scheduled(chosen, schedule, logits_budget, capturable, weight_grad, weight_grad_scale)
 
 
 def _names(stats: Sequence[str]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Unpack
 
 import torch
@@ -21,6 +21,7 @@ from fastpref.backends import (
     accumulate_dtype,
     compute_dtype,
 )
+from fastpref.domains import require
 from fastpref.memory import spare_bytes
 from fastpref.objectives import Objective, own_parameters, step_metrics
 from fastpref.output import PreferenceOutput
@@ -31,7 +32,7 @@ from fastpref.sequences import IGNORED, Rows, on_device
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A backend, and what the caller asked of the planner.
+    """A backend, and how the caller wants it done.
 
     Under `torch.compile` it runs as it is: the plan reads lengths, where a graph would end, and
     products taken into a graph would multiply at the caller's precision.
@@ -41,6 +42,8 @@ class Scheduled:
     schedule: str
     logits_budget: int | None
     capturable: bool
+    weight_grad: Tensor | None
+    weight_grad_scale: float
 
     @torch.compiler.disable
     def preference_loss(
@@ -64,6 +67,7 @@ class Scheduled:
         **scalars: Unpack[HeadOptions],
     ) -> PreferenceOutput:
         head = _head(hidden, weight, scalars)
+        head = replace(head, weight_grad=self.weight_grad, weight_grad_scale=self.weight_grad_scale)
         rows = self._rows(hidden, targets, cu_seqlens, token_weights, responses)
         flat = hidden.flatten(0, -2)
         plan = make_plan(
@@ -111,6 +115,8 @@ class Scheduled:
             loss = losses
             if reduction != "none":
                 loss = losses.mean() if divisor == len(losses) else losses.sum() / divisor
+        if self.weight_grad is not None and loss.requires_grad:
+            loss.register_hook(functools.partial(_require_upstream, self.weight_grad_scale))
         logps = logps.detach()
         if per_prompt is not None:
             metrics = prompts.mean_metrics(per_prompt)
@@ -220,6 +226,17 @@ def _problem(
         head_dtype=head.weight.dtype,
         responses=responses,
         kept_dtype=backend.kept_dtype(head),
+        weight_grad_dtype=None if head.weight_grad is None else head.weight_grad.dtype,
+    )
+
+
+def _require_upstream(scale: float, upstream: Tensor) -> None:
+    """Of a loss whose gradient may have been added to a buffer before this was known."""
+    allowed = 4 * torch.finfo(upstream.dtype).eps * abs(scale)  # of a division more or less
+    require(
+        (upstream - scale).abs() <= allowed,
+        f"weight_grad was promised an upstream gradient of weight_grad_scale = {scale}, and the "
+        "loss got another one; weight_grad may hold a wrong sum now",
     )
 
 

@@ -171,6 +171,35 @@ def check_capturable(
     require(every, "capturable=True needs a scored token in each sequence")
 
 
+def check_weight_grad(
+    weight: Tensor, weight_grad: Tensor | None, scale: float, reduction: str
+) -> None:
+    """The buffer to which the weight's gradient is added."""
+    FINITE.check("weight_grad_scale", scale)
+    if weight_grad is None:
+        if scale != 1:
+            raise ValueError("weight_grad_scale needs weight_grad, to which it applies alone")
+        return
+    _tensor("weight_grad", weight_grad)
+    if not weight.requires_grad:
+        raise ValueError("weight_grad: weight does not require a gradient, so none is added")
+    if weight_grad.requires_grad:
+        raise ValueError("weight_grad is written in place and must not require a gradient")
+    dtypes = dict.fromkeys((weight.dtype, torch.promote_types(weight.dtype, torch.float32)))
+    same = weight_grad.shape == weight.shape and weight_grad.device == weight.device
+    if not same or weight_grad.dtype not in dtypes or not weight_grad.is_contiguous():
+        names = " or ".join(map(str, dtypes))
+        raise ValueError(
+            f"weight_grad must be dense {names} {tuple(weight.shape)} on {weight.device}, got "
+            f"{_describe(weight_grad)} of strides {weight_grad.stride()} on {weight_grad.device}"
+        )
+    if reduction == "none":
+        raise ValueError(
+            "weight_grad takes a loss whose upstream gradient is one number: reduction='none' "
+            "gives one a pair"
+        )
+
+
 def check_objective(
     objective: Objective | str,
     prompts: int,

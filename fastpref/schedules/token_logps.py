@@ -49,7 +49,8 @@ class TokenLogps(torch.autograd.Function):
         entropy = found.extra.get("entropy")
         ctx.save_for_backward(hidden, weight, bias, targets, index, places, found.lse, entropy)
         ctx.kept = kept
-        ctx.settings = (head.logit_scale, head.softcap, head.temperature, head.compute_dtype)
+        scalars = head.logit_scale, head.softcap, head.temperature, head.compute_dtype
+        ctx.settings = *scalars, head.weight_grad
         ctx.plan, ctx.backend, ctx.stats = plan, backend, stats
         ctx.mark_non_differentiable(*(found.extra[name] for name in stats if name != "entropy"))
         return found.logps, *(found.extra[name] for name in stats)
