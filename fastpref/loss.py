@@ -6,9 +6,11 @@ backend, or the definition itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, Unpack, overload
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict, TypeVar, Unpack, cast, overload
 
+import torch
 from torch import Tensor
 
 from fastpref import reference
@@ -29,8 +31,22 @@ from fastpref.validation import (
 # Statistics of tokens that have a mean to report.
 _AVERAGED = ("entropy", "mean_logits", "is_top1")
 _BYTES = Domain(above=0, whole=True)
+_UNCOMPILED = (
+    "fastpref runs as it is, beside the graphs of torch.compile: in one its products would run at "
+    "another precision and hold more memory. Compile with fullgraph=False, or the model alone; "
+    "capturable=True goes into CUDA graphs without it"
+)
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
+def _eager(function: _F) -> _F:
+    """Keeps torch.compile out, which says why where it must not be."""
+    has_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # torch ≥ 2.7
+    how = {"reason": _UNCOMPILED} if has_reason else {}
+    return cast(_F, torch.compiler.disable(function, **how))
+
+
+@_eager
 def preference_loss(
     hidden: Tensor,  # (K·B, T, H), or (total, H) with cu_seqlens
     weight: Tensor,  # (V, H)
@@ -171,6 +187,7 @@ def preference_loss(
     )
 
 
+@_eager
 def sequence_logps(
     hidden: Tensor,  # (S, T, H), or (total, H) with cu_seqlens
     weight: Tensor,  # (V, H)
@@ -245,6 +262,7 @@ def linear_logps(
     stats: Sequence[str],
     **options: Unpack[_Options],
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
+@_eager
 def linear_logps(
     hidden: Tensor,  # (N, H), or any leading shape
     weight: Tensor,  # (V, H)

@@ -32,11 +32,7 @@ from fastpref.sequences import IGNORED, Rows, on_device
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A backend, and how the caller wants it done.
-
-    Under `torch.compile` it runs as it is: the plan reads lengths, where a graph would end, and
-    products taken into a graph would multiply at the caller's precision.
-    """
+    """A backend, and how the caller wants it done."""
 
     backend: Backend
     schedule: str
@@ -45,7 +41,6 @@ class Scheduled:
     weight_grad: Tensor | None
     weight_grad_scale: float
 
-    @torch.compiler.disable
     def preference_loss(
         self,
         hidden: Tensor,  # (K·B, T, H), or (total, H)
@@ -140,7 +135,6 @@ class Scheduled:
         found = TokenLogps.apply(flat, head.weight, head.bias, targets, None, None, *how)
         return [x.index_select(0, rows.index) for x in found]
 
-    @torch.compiler.disable
     def sequence_logps(
         self,
         hidden: Tensor,  # (S, T, H), or (total, H)
@@ -157,7 +151,6 @@ class Scheduled:
         per_row = self._of_rows(flat, head, rows, plan, ())[0]
         return rows.sums(per_row), rows.lengths
 
-    @torch.compiler.disable
     def token_statistics(
         self,
         hidden: Tensor,  # (N, H)
