@@ -1,6 +1,6 @@
 """SimPO in `transformers.Trainer`, by `compute_loss_func`.
 
-python tests/examples/transformers_trainer.py MODEL PAIRS.jsonl --output_dir OUT [more of the trainer's]
+python tests/examples/transformers_trainer.py MODEL PAIRS.jsonl --output_dir OUT [more]
 
 The model's forward gives the sum of its pairs' losses. What the trainer counts as items are the
 labels: one a pair, so that the loss is the mean over all pairs of a step, accumulated or not.
