@@ -33,8 +33,15 @@ _TARGET_ROWS = 256
 _ROUNDED_ROWS = 1024
 
 
-def new_total(parameter: Tensor, head: Head, *, groups: int) -> Total:
-    """Room for a gradient: of one group in its own dtype, of several as wide as a sum needs."""
+def new_total(parameter: Tensor, head: Head, *, groups: int, into: Tensor | None = None) -> Total:
+    """Room for a gradient: of one group in its own dtype, of several as wide as a sum needs.
+
+    Or what there is, to be added to; then too no bfloat16 is rounded more than once.
+    """
+    if into is not None:
+        splits = groups > 1 and into.dtype == torch.bfloat16
+        low = torch.zeros_like(into, dtype=torch.int8) if splits else None
+        return Total(into, low, written=True)
     if groups == 1:
         return Total(torch.empty_like(parameter))
     if parameter.dtype == torch.bfloat16 and gradient_dtype(head) == torch.float16:
@@ -149,19 +156,20 @@ def sliced_gradients(
 
     `gradient_of(operand, weight, block, first, buffer, coef, entropy)` computes the logits of the
     rows `block` in `buffer` and returns their gradient, in the dtype of the gradients' products. A
-    slice's ∂W is one sum over all rows, accumulated wide and written once.
+    slice's ∂W is one sum over all rows, accumulated wide and written, or added, once.
     """
     rows, columns = tile
     wide, operand = head.accumulate_dtype, as_operand(hidden, head)
     coef, entropy, factor = _normalised(head, coef, entropy)
     grads = Grads(
         operand.new_zeros(operand.shape, dtype=wide) if wants[0] else None,
-        torch.empty_like(head.weight) if wants[1] else None,
+        torch.empty_like(head.weight) if wants[1] and head.weight_grad is None else None,
         torch.empty_like(head.bias) if wants[2] and head.bias is not None else None,
     )
     of_head = []  # slots of the gradient, and what the gradient of logits is multiplied with
-    if grads.weight is not None:
-        of_head.append((grads.weight, _RowOperand(by, operand, factor)))
+    of_weight = head.weight_grad if grads.weight is None else grads.weight
+    if wants[1] and of_weight is not None:
+        of_head.append((of_weight, _RowOperand(by, operand, factor)))
     if grads.bias is not None:
         ones = operand.new_ones(len(operand), 1)
         of_head.append((grads.bias[:, None], _RowOperand(by, ones, factor)))
@@ -170,7 +178,9 @@ def sliced_gradients(
 
     def add_slice(first: int, last: int, weight: Tensor) -> None:  # what it holds goes with it
         of_gradients = of_hidden.of(weight) if grads.hidden is not None else weight
-        sums = [Total(_in_dtype(slot[first:last], wide)) for slot, _ in of_head]
+        sums = [
+            Total(_room(slot[first:last], wide, slot is head.weight_grad)) for slot, _ in of_head
+        ]
         for start in range(0, len(hidden), rows):
             block = slice(start, start + rows)
             held = buffer[: len(operand[block]), : last - first]
@@ -181,7 +191,11 @@ def sliced_gradients(
                 add_product(grads.hidden[block], gradient, of_gradients)
         for total, (slot, of_rows) in zip(sums, of_head, strict=True):
             total.finish()
-            if of_rows.inverse is not None:
+            if slot is head.weight_grad:
+                if of_rows.inverse is not None:
+                    total.high.mul_(of_rows.inverse)
+                slot[first:last].add_(total.high)
+            elif of_rows.inverse is not None:
                 torch.mul(total.high, of_rows.inverse, out=slot[first:last])
             elif total.high.dtype != slot.dtype:
                 slot[first:last] = total.high
@@ -212,9 +226,11 @@ class _RowOperand:
         return found
 
 
-def _in_dtype(slot: Tensor, dtype: torch.dtype) -> Tensor:
-    """Itself, or room for it."""
-    return slot if slot.dtype == dtype else slot.new_empty(slot.shape, dtype=dtype)
+def _room(slot: Tensor, dtype: torch.dtype, taken: bool) -> Tensor:
+    """Itself, or room for what it is to be given."""
+    if slot.dtype == dtype and not taken:
+        return slot
+    return slot.new_empty(slot.shape, dtype=dtype)
 
 
 def _normalised(

@@ -30,22 +30,27 @@ class TokenLogps(torch.autograd.Function):
         bias: Tensor | None,  # (V,)
         targets: Tensor,  # (n,)
         index: Tensor | None,  # (n,) rows of hidden, None for all
+        places: Tensor | None,  # (n,) where their gradients go, None for `index`
         head: Head,  # scalars; its tensors are replaced by the arguments
         plan: Plan,
         backend: Backend,
         stats: tuple[str, ...],
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
+        places = index if places is None else places
         with no_autocast(hidden):
             kept = None
             if plan.schedule == "frozen_head":
-                found, kept = rows_of_gradient(hidden, index, targets, head, plan, backend, stats)
+                found, kept = rows_of_gradient(
+                    hidden, index, places, targets, head, plan, backend, stats
+                )
             else:
                 found = backend.forward(hidden, index, targets, head, plan.tile, stats)
         entropy = found.extra.get("entropy")
-        ctx.save_for_backward(hidden, weight, bias, targets, index, found.lse, entropy)
+        ctx.save_for_backward(hidden, weight, bias, targets, index, places, found.lse, entropy)
         ctx.kept = kept
-        ctx.settings = (head.logit_scale, head.softcap, head.temperature, head.compute_dtype)
+        scalars = head.logit_scale, head.softcap, head.temperature, head.compute_dtype
+        ctx.settings = *scalars, head.weight_grad
         ctx.plan, ctx.backend, ctx.stats = plan, backend, stats
         ctx.mark_non_differentiable(*(found.extra[name] for name in stats if name != "entropy"))
         return found.logps, *(found.extra[name] for name in stats)
@@ -53,7 +58,7 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, coef: Tensor | None, *of_stats: Tensor | None) -> tuple:
-        hidden, weight, bias, targets, index, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, targets, index, places, lse, entropy = ctx.saved_tensors
         of_entropy = dict(zip(ctx.stats, of_stats, strict=True)).get("entropy")
         wants = tuple(ctx.needs_input_grad[:3])
         if coef is None:
@@ -63,11 +68,12 @@ class TokenLogps(torch.autograd.Function):
         if not keeps:  # autograd lets go of saved tensors only
             ctx.kept = None
         if kept is not None and of_entropy is None:
-            return kept.times(coef, coef.new_ones(()), keeps=keeps), *[None] * 8
+            return kept.times(coef, coef.new_ones(()), keeps=keeps), *[None] * 9
         with no_autocast(hidden):
             found = recomputed_gradients(
                 hidden,
                 index,
+                places,
                 targets,
                 Head(weight, bias, *ctx.settings),
                 lse,
@@ -77,4 +83,4 @@ class TokenLogps(torch.autograd.Function):
                 wants,
                 ctx.backend,
             )
-        return found.hidden, found.weight, found.bias, *[None] * 6
+        return found.hidden, found.weight, found.bias, *[None] * 7

@@ -225,7 +225,7 @@ def _pairs(*, rich: bool) -> CompileCase:
     return _case(
         pair_weighting_kernel,
         "every ingredient" if rich else "log-sigmoid",
-        _types(pair_weighting_kernel, offsets_ptr="*i64", numbers_ptr="*fp64"),
+        _types(pair_weighting_kernel, offsets_ptr="*i64"),
         flags
         | _absent(
             "weights_ptr",
@@ -433,10 +433,11 @@ def _case(
 
 
 def _types(kernel: Any, **special: str) -> dict[str, str]:
-    """int64 targets, fp32 other pointers and int32 numbers, but for the special ones."""
+    """As annotated; int64 targets, fp32 other pointers, int32 numbers, but for the special ones."""
     found = {}
-    for name in kernel.arg_names:
-        found[name] = "*fp32" if name.endswith("_ptr") else "i32"
+    for parameter in kernel.params:
+        usual = "*fp32" if parameter.name.endswith("_ptr") else "i32"
+        found[parameter.name] = parameter.annotation_type or usual
     if "targets_ptr" in found:
         found["targets_ptr"] = "*i64"
     return found | special
