@@ -325,12 +325,18 @@ def check_total(found, old, gradient, rows, scale, unit, tiny=0.0):
     assert ((found - truth).abs() <= allowed).all(), ((found - truth).abs() - allowed).max()
 
 
+@pytest.fixture
+def by(request):
+    """Who multiplies for the head's gradient."""
+    with configs.trial({("choices", "weight_gradient"): request.param}):
+        yield
+
+
 @interpreted
-@pytest.mark.parametrize("by", ["kernel", "library"])
+@pytest.mark.parametrize("by", ["tiles", "library"], indirect=True)
 @pytest.mark.parametrize("dtype", UNITS)
 @pytest.mark.parametrize("add", [False, True])
 def test_weight_gradient(add, dtype, by, monkeypatch, poison):
-    monkeypatch.setenv("FASTPREF_WEIGHT_GRADIENT", by)
     monkeypatch.setattr("fastpref_kernels.weight_gradient._SLICE_BYTES", 4 * 70 * 50)
     n, v, h = 37, 131, 70  # blocks are 16 × 32 × 64
     gradient, rows = make_operands(n, v, h)
@@ -368,8 +374,12 @@ def test_weight_gradient_at_the_ends_of_blocks(n, v, h, descriptors, monkeypatch
         "_multiply",
         lambda *args: (described.append(args[-1].descriptors), launch(*args)),
     )
-    config = replace(configs._WEIGHT_GRADIENT_INTERPRETED, descriptors=descriptors)
-    monkeypatch.setattr(configs, "_WEIGHT_GRADIENT_INTERPRETED", config)
+    described_by = {}
+    for variant in ("plain", "pointers"):
+        key = "weight_gradient", variant
+        described_by[key] = replace(
+            configs.entries_of("interpreter")[key], descriptors=descriptors and variant == "plain"
+        )
     gradient, rows = make_operands(n, v, h)
     if descriptors:  # rows that begin at multiples of 16 bytes, as descriptors ask for
         gradient = torch.nn.functional.pad(gradient, (0, -v % 8 + 8), value=math.nan)[:, :v]
@@ -378,10 +388,11 @@ def test_weight_gradient_at_the_ends_of_blocks(n, v, h, descriptors, monkeypatch
         gradient, rows = embedded(gradient), embedded(rows)
     scale = torch.tensor(2.0**-20)
     high, low = new_total(v, h, "halves")
-    kernels.add_weight_gradient_(high, low, gradient, rows, scale, add=False)
-    first = value_of(high, low)
-    check_total(first, 0.0, gradient, rows, scale.item(), UNITS["halves"])
-    kernels.add_weight_gradient_(high, low, gradient, rows, scale, add=True)
+    with configs.trial(described_by):
+        kernels.add_weight_gradient_(high, low, gradient, rows, scale, add=False)
+        first = value_of(high, low)
+        check_total(first, 0.0, gradient, rows, scale.item(), UNITS["halves"])
+        kernels.add_weight_gradient_(high, low, gradient, rows, scale, add=True)
     check_total(value_of(high, low), first, gradient, rows, scale.item(), UNITS["halves"])
     assert described == [descriptors] * 2
 
@@ -399,14 +410,13 @@ def test_weight_gradient_of_no_rows():
 
 
 @interpreted
-@pytest.mark.parametrize("by", ["kernel", "library"])
-def test_eight_groups_in_24_bits_round_as_one_does(by, monkeypatch):
+@pytest.mark.parametrize("by", ["tiles", "library"], indirect=True)
+def test_eight_groups_in_24_bits_round_as_one_does(by):
     """And eight in bf16 alone do not: what the remainder is for.
 
     One rounding to bf16 has a relative error of 1.66e-3 in the mean square, whatever the numbers;
     the groups' own rounding, 2^-8 of it, is lost in that.
     """
-    monkeypatch.setenv("FASTPREF_WEIGHT_GRADIENT", by)
     n, v, h = 40, 96, 64
     truth = torch.zeros(v, h, dtype=torch.float64)
     split_total, plain = new_total(v, h, "halves"), new_total(v, h, torch.bfloat16)
@@ -460,16 +470,13 @@ def test_accumulate(dtype, rows, poison):
 
 
 @interpreted
-def test_totals_refuse_what_are_no_halves(monkeypatch):
+def test_totals_refuse_what_are_no_halves():
     low = torch.zeros(2, 3, dtype=torch.int8)
     given = torch.zeros(2, 3), torch.tensor(1.0), True
     with pytest.raises(ValueError, match="bfloat16 and int8, got torch.float32 and torch.int8"):
         kernels.accumulate_(torch.zeros(2, 3), low, *given)
     with pytest.raises(ValueError, match=r"shape \(2, 3\), got \(1, 3\)"):
         kernels.accumulate_(torch.zeros(2, 3).bfloat16(), low[:1], *given)
-    monkeypatch.setenv("FASTPREF_WEIGHT_GRADIENT", "cublas")
-    with pytest.raises(ValueError, match="must be kernel or library, got 'cublas'"):
-        configs.weight_gradient_by()
 
 
 # --- operands, and gradients of hidden states ---------------------------------------------------
