@@ -50,6 +50,17 @@ class Sizes:
     length: int = 1024
 
 
+def sizes_of(hidden_size: int, vocabulary: int, dtype: str) -> Sizes:
+    """On a GPU."""
+    return Sizes(hidden_size, vocabulary, getattr(torch, dtype))
+
+
+def dry_sizes(dtype: str) -> Sizes:
+    """Of the interpreter."""
+    tiny = {"rows": 6, "checked_rows": 5, "pairs": 1, "length": 3}
+    return Sizes(32, 83, getattr(torch, dtype), "cpu", **tiny)
+
+
 # Timed, and compared.
 Work = tuple[Callable[[], object], Callable[[], Numbers]]
 

@@ -18,7 +18,7 @@ import triton
 from fastpref_kernels import configs
 
 from fastpref.commands.benchmark.schedules import SCHEDULES, schedule_step
-from fastpref.commands.benchmark.timing import Stopwatch, spread, spread_of_ratios
+from fastpref.commands.benchmark.timing import Stopwatch, spread
 from fastpref.commands.benchmark.workloads import Inputs
 from fastpref.commands.tune.questions import Numbers, Question, Sizes
 from fastpref.commands.verify import LOGIT_DEVIATION
@@ -50,6 +50,10 @@ class Answer:
     def changed(self) -> bool:
         return self.after != self.before
 
+    def row_of(self, entry: configs.Entry) -> dict[str, Any]:
+        """What was measured of a candidate, the last time."""
+        return next(row for row in self.rows if row["candidate"] == text_of(entry))
+
 
 def defaults(device: str) -> configs.Entries:
     """What ships for this device's architecture: the base of everything measured here."""
@@ -63,30 +67,29 @@ def ask(question: Question, sizes: Sizes, entries: configs.Entries, rounds: int 
         entries: all that hold besides; the question's own is the default.
 
     Raises:
-        RuntimeError: the default itself does not run, or whatever its work raises.
+        Exception: whatever the default's own work raises.
     """
     entries = entries | question.under
     before = best = entries[question.key]
-    rows: list[dict[str, Any]] = []
+    timed: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
     with configs.trial(entries):
         work, check = question.work(sizes)
         expected = _copied(check())
     watch = Stopwatch(sizes.device)
     for step in question.steps:
-        running: dict[str, configs.Entry] = {text_of(best): best}
+        running = {text_of(each): each for each in (before, best)}
         for candidate in step(best):
             text = text_of(candidate)
-            if text in running or text in left_out:
+            if text in timed or text in running or text in left_out:
                 continue
             try:
                 with configs.trial(entries | {question.key: candidate}):
-                    wrong = differences(check(), expected)
-                    if wrong:
+                    if wrong := differences(check(), expected):
                         raise RuntimeError(f"wrong numbers: {wrong}")
                     work()
                 running[text] = candidate
-            # Triton's own kinds of failure are many: no room, no such instruction, no layout.
+            # Triton's kinds of failure are many: no room, no such instruction, no such layout.
             except Exception as failure:
                 left_out[text] = first_line(failure)
         calls = {
@@ -94,24 +97,19 @@ def ask(question: Question, sizes: Sizes, entries: configs.Entries, rounds: int 
             for text, candidate in running.items()
         }
         seconds = watch.interleaved(calls, rounds)
-        default = text_of(best)
-        ratios = {
-            text: spread_of_ratios(of, seconds[default]) or {} for text, of in seconds.items()
-        }
-        rows += [
-            {
-                "what": question.name,
-                "candidate": text,
-                "ms": {name: 1e3 * value for name, value in spread(values).items()},
-                "of default": ratios[text],
-            }
-            for text, values in seconds.items()
-            if text not in {row["candidate"] for row in rows}
-        ]
-        faster = [text for text in running if ratios[text]["high"] < 1]
+        for text, values in seconds.items():
+            ms = {name: 1e3 * value for name, value in spread(values).items()}
+            ratio = _ratio(values, seconds[text_of(before)])
+            timed[text] = {"what": question.name, "candidate": text, "ms": ms, "of default": ratio}
+        of_best = {text: _ratio(of, seconds[text_of(best)]) for text, of in seconds.items()}
+        faster = [text for text, ratio in of_best.items() if ratio["high"] < 1]
         if faster:
-            best = running[min(faster, key=lambda text: ratios[text]["median"])]
-    return Answer(question.name, question.key, rows, left_out, before, best)
+            best = running[min(faster, key=lambda text: of_best[text]["median"])]
+    return Answer(question.name, question.key, [*timed.values()], left_out, before, best)
+
+
+def _ratio(values: list[float], baseline: list[float]) -> dict[str, float]:
+    return spread([a / b for a, b in zip(values, baseline, strict=True)])
 
 
 def ask_all(
@@ -153,7 +151,7 @@ def steps(sizes: Sizes, entries: configs.Entries, rounds: int = 5) -> list[dict[
         except torch.OutOfMemoryError as failure:
             rows.append({"step": name, "why": first_line(failure)})
         else:
-            ratio = spread_of_ratios(seconds["after"], seconds["before"])
+            ratio = _ratio(seconds["after"], seconds["before"])
             medians = {f"{k} ms": 1e3 * statistics.median(v) for k, v in seconds.items()}
             rows.append({"step": name} | medians | {"ratio": ratio})
         del step, calls
