@@ -534,7 +534,14 @@ def _head_of(model: str, hidden_size: int | None, vocabulary: int | None) -> tup
 
 def _interpret_instead(dtype: str, output: Path | None) -> NoReturn:
     """The same in a process that interprets: Triton decides it at its import."""
-    command = [sys.executable, "-c", "from fastpref.commands.cli import app; app()", "tune"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        "from fastpref.commands.cli import app; app()",
+        "tune",
+    ]
     command += ["--dtype", dtype, *(["--output", str(output)] if output else [])]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False)
     raise typer.Exit(run.returncode)

@@ -35,6 +35,7 @@ class Answer:
         name: of the question.
         rows: of each candidate that was timed its text, milliseconds (median and middle half) and
             ratio to the default, formed within each round; the default's ratio is 1.
+        timed: the candidates of `rows`, in their order.
         left_out: why each other candidate was not timed.
         before, after: the default and the winner, which may be the same.
     """
@@ -42,6 +43,7 @@ class Answer:
     name: str
     key: tuple[str, str]
     rows: list[dict[str, Any]]
+    timed: list[configs.Entry]
     left_out: dict[str, str]
     before: configs.Entry
     after: configs.Entry
@@ -52,7 +54,7 @@ class Answer:
 
     def row_of(self, entry: configs.Entry) -> dict[str, Any]:
         """What was measured of a candidate, the last time."""
-        return next(row for row in self.rows if row["candidate"] == text_of(entry))
+        return self.rows[self.timed.index(entry)]
 
 
 def defaults(device: str) -> configs.Entries:
@@ -72,6 +74,7 @@ def ask(question: Question, sizes: Sizes, entries: configs.Entries, rounds: int 
     entries = entries | question.under
     before = best = entries[question.key]
     timed: dict[str, dict[str, Any]] = {}
+    entry_of: dict[str, configs.Entry] = {}
     left_out: dict[str, str] = {}
     with configs.trial(entries):
         work, check = question.work(sizes)
@@ -97,6 +100,7 @@ def ask(question: Question, sizes: Sizes, entries: configs.Entries, rounds: int 
             for text, candidate in running.items()
         }
         seconds = watch.interleaved(calls, rounds)
+        entry_of |= running
         for text, values in seconds.items():
             ms = {name: 1e3 * value for name, value in spread(values).items()}
             ratio = _ratio(values, seconds[text_of(before)])
@@ -105,7 +109,9 @@ def ask(question: Question, sizes: Sizes, entries: configs.Entries, rounds: int 
         faster = [text for text, ratio in of_best.items() if ratio["high"] < 1]
         if faster:
             best = running[min(faster, key=lambda text: of_best[text]["median"])]
-    return Answer(question.name, question.key, [*timed.values()], left_out, before, best)
+    measured = [entry_of[text] for text in timed]
+    rows = [*timed.values()]
+    return Answer(question.name, question.key, rows, measured, left_out, before, best)
 
 
 def _ratio(values: list[float], baseline: list[float]) -> dict[str, float]:

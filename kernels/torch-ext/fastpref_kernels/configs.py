@@ -158,19 +158,24 @@ def read_entries(path: Path, device: str | None = None) -> Entries:
             raise ValueError("no JSON object")
         if device is not None:
             _check_about(content, device)
-        found: Entries = {}
-        for section, values in content.items():
-            if section in _ABOUT:
-                continue
-            _check_keys("sections", {section}, (*KERNELS, "choices", *_ABOUT))
-            if not isinstance(values, dict):
-                raise ValueError(f"{section} must be an object, got {values!r}")
-            known = CHOICES if section == "choices" else KERNELS[section][1]
-            _check_keys(section, values, known)
-            for name, value in values.items():
-                found[section, name] = _entry(section, name, value)
+        return entries_in(content)
     except ValueError as problem:  # of JSON too
         raise ValueError(f"{path}: {problem}") from problem
+
+
+def entries_in(content: dict[str, Any]) -> Entries:
+    """The entries of a file's content; a ValueError of what no file may hold."""
+    found: Entries = {}
+    for section, values in content.items():
+        if section in _ABOUT:
+            continue
+        _check_keys("sections", {section}, (*KERNELS, "choices", *_ABOUT))
+        if not isinstance(values, dict):
+            raise ValueError(f"{section} must be an object, got {values!r}")
+        known = CHOICES if section == "choices" else KERNELS[section][1]
+        _check_keys(section, values, known)
+        for name, value in values.items():
+            found[section, name] = _entry(section, name, value)
     return found
 
 
