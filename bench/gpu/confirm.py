@@ -7,7 +7,7 @@ import functools
 import gc
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import fastpref_kernels as kernels
@@ -181,45 +181,43 @@ def _in_place(setup: Setup) -> list[dict[str, Any]]:
     Products in fp32 become narrower rows: a row's front is written while its tail is still being
     read. Exponentials keep their width, and a row's target is written by one thread at the end.
     """
-    found = []
     vocabulary = setup.large.vocabulary
-    for columns in (vocabulary, vocabulary - 5):  # the second has no aligned rows
-        draw = {
-            "generator": torch.Generator(setup.device).manual_seed(columns),
-            "device": setup.device,
-        }
-        products = torch.randn(setup.group_rows, columns, **draw).mul_(6)
-        targets = torch.randint(0, columns, products.shape[:1], **draw)
-        coef = torch.randn(setup.group_rows, **draw)
-        logps, lse, _ = kernels.row_statistics(products, targets, Epilogue())
-        held = torch.empty_like(products)
-        for dtype in (torch.bfloat16, torch.float16):
-            of_row = targets, lse, coef, Epilogue()
-            apart = kernels.row_gradients_(products.clone(), *of_row, torch.float32).to(dtype)
+    # The second has no aligned rows.
+    return [row for columns in (vocabulary, vocabulary - 5) for row in _of_columns(setup, columns)]
 
-            def of_products(of_row=of_row, dtype=dtype) -> torch.Tensor:
-                return kernels.row_gradients_(held.copy_(products), *of_row, dtype)
 
-            shape = {"of": f"products to {dtype}", "columns": columns}
-            found.append(shape | _differences(setup, of_products, apart))
-        block = 256
-        peaks = torch.nn.functional.pad(products, (0, -columns % block), value=-torch.inf)
-        peaks = peaks.unflatten(1, (-1, block)).amax(2)
-        of_block = peaks.repeat_interleave(block, 1)[:, :columns]
-        exponentials = (products - of_block).exp_().mul_(kernels.SCALE).half()
-        del of_block
-        given = peaks, block, targets, logps, lse, coef
-        apart = exponentials.float()
-        kernels.gradients_(apart, *given)
-        of_half = torch.empty_like(exponentials)
+def _of_columns(setup: Setup, columns: int) -> Iterator[dict[str, Any]]:
+    draw = {"generator": torch.Generator(setup.device).manual_seed(columns), "device": setup.device}
+    products = torch.randn(setup.group_rows, columns, **draw).mul_(6)
+    targets = torch.randint(0, columns, products.shape[:1], **draw)
+    coef = torch.randn(setup.group_rows, **draw)
+    logps, lse, _ = kernels.row_statistics(products, targets, Epilogue())
+    of_rows, held = (targets, lse, coef, Epilogue()), torch.empty_like(products)
 
-        def of_exponentials(given=given, of_half=of_half, exponentials=exponentials):
-            kernels.gradients_(of_half.copy_(exponentials), *given)
-            return of_half
+    def of_products(dtype: torch.dtype) -> torch.Tensor:
+        return kernels.row_gradients_(held.copy_(products), *of_rows, dtype)
 
-        shape = {"of": "exponentials, torch.float16", "columns": columns}
-        found.append(shape | _differences(setup, of_exponentials, apart.half()))
-    return found
+    for dtype in (torch.bfloat16, torch.float16):
+        apart = kernels.row_gradients_(products.clone(), *of_rows, torch.float32).to(dtype)
+        shape = {"of": f"products to {dtype}", "columns": columns}
+        yield shape | _differences(setup, functools.partial(of_products, dtype), apart)
+
+    block = 256
+    peaks = torch.nn.functional.pad(products, (0, -columns % block), value=-torch.inf)
+    peaks = peaks.unflatten(1, (-1, block)).amax(2)
+    of_block = peaks.repeat_interleave(block, 1)[:, :columns]
+    exponentials = (products - of_block).exp_().mul_(kernels.SCALE).half()
+    del of_block
+    given, of_half = (peaks, block, targets, logps, lse, coef), torch.empty_like(exponentials)
+
+    def of_exponentials() -> torch.Tensor:
+        kernels.gradients_(of_half.copy_(exponentials), *given)
+        return of_half
+
+    apart = exponentials.float()
+    kernels.gradients_(apart, *given)
+    shape = {"of": f"exponentials, {of_half.dtype}", "columns": columns}
+    yield shape | _differences(setup, of_exponentials, apart.half())
 
 
 def _differences(

@@ -505,9 +505,9 @@ def tune_command(
         def show_next(name: str) -> None:
             progress.update(task, description=name, advance=bool(progress.tasks[0].description))
 
-        answers, unanswered = run.ask_all(asked, sizes, 2 if dry else 5, show_next)
+        answers, unanswered = run.ask_all(asked, sizes, 1 if dry else 5, show_next)
         show_next("whole steps")
-        steps = run.steps(sizes, run.winners(answers), 2 if dry else 5)
+        steps = run.steps(sizes, run.winners(answers), 1 if dry else 5)
         progress.update(task, completed=len(asked) + 1)
     _report_tuning(answers, unanswered, steps)
     if kept:
