@@ -8,6 +8,7 @@ numbers are compared with those of the default.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,33 +92,29 @@ def questions(dry: bool = False) -> Iterator[Question]:
 
     With `dry` two candidates each, in tiles of the interpreter's size.
     """
-    tiles = _TINY if dry else _TILES
-    for name, alternatives in tiles.items():
+    for name, alternatives in (_TINY if dry else _TILES).items():
         kernel, _, variant = name.partition(" ")
-        work = {
-            "projection": lambda sizes, v=variant: _projection(sizes, v),
-            "weight_gradient": lambda sizes, v=variant: _weight_gradient(sizes, v),
-        }[kernel]
         shapes = _replacing(*(_shape(each) for each in alternatives))
         bands = _replacing(*({"band": band} for band in (_BANDS[:1] if dry else _BANDS)))
         # Each band is compiled anew, and what holds of the plain variant holds of the others.
         steps = (shapes, bands) if variant == "plain" else (shapes,)
+        work = functools.partial(_WORK_OF_TILES[kernel], variant=variant)
         yield Question((kernel, variant), steps, work)
     for kernel, rows_work in (("rows", _rows), ("operands", _operands)):
         blocks = _TINY_ROWS if dry else _ROWS[kernel]
         yield Question((kernel, "plain"), (_replacing(*map(_rows_shape, blocks)),), rows_work)
-    choices = {
-        "columns": (
-            _columns,
-            {("choices", name): "library" for name in ("forward", "exponentials")},
-        ),
-        "forward": (_forward, {}),
-        "exponentials": (_exponentials, {}),
-        "weight_gradient": (lambda sizes: _weight_gradient(sizes, "plain"), {}),
-    }
-    for name, (choice_work, under) in choices.items():
-        others = list(configs.CHOICES[name])
-        yield Question(("choices", name), (lambda best, o=others: o,), choice_work, under)
+    library: configs.Entries = {("choices", x): "library" for x in ("forward", "exponentials")}
+    yield _choice("columns", _columns, library)
+    yield _choice("forward", _forward)
+    yield _choice("exponentials", _exponentials)
+    yield _choice("weight_gradient", functools.partial(_weight_gradient, variant="plain"))
+
+
+def _choice(
+    name: str, work: Callable[[Sizes], Work], under: configs.Entries | None = None
+) -> Question:
+    values = list(configs.CHOICES[name])
+    return Question(("choices", name), (lambda best: list(values),), work, under or {})
 
 
 # --- candidates ---------------------------------------------------------------------------------
@@ -296,6 +293,10 @@ def _weight_gradient(sizes: Sizes, variant: str) -> Work:
         return {"sum": (total + 0, allowed + 2.0**-8 * total.abs())}
 
     return lambda: kernels.add_weight_gradient_(high, low, gradient, rows, scale, add=True), check
+
+
+# By kernel, of any of its variants.
+_WORK_OF_TILES = {"projection": _projection, "weight_gradient": _weight_gradient}
 
 
 def _rows(sizes: Sizes) -> Work:

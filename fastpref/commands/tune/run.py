@@ -150,17 +150,16 @@ def steps(sizes: Sizes, entries: configs.Entries, rounds: int = 5) -> list[dict[
     cases: list[tuple[str, str, int | None]] = [(name, name, None) for name in SCHEDULES]
     cases += [(f"pair_groups, {n} MiB of logits", "pair_groups", n * MIB) for n in BUDGETS]
     for name, schedule, budget in cases:
-        step = schedule_step(schedule, _inputs(sizes, SCHEDULES[schedule][1]), budget)
-        calls = {"before": _under(shipped, step), "after": _under(shipped | entries, step)}
         try:
+            step = schedule_step(schedule, _inputs(sizes, SCHEDULES[schedule][1]), budget)
+            calls = {"before": _under(shipped, step), "after": _under(shipped | entries, step)}
             seconds = watch.interleaved(calls, rounds)
         except torch.OutOfMemoryError as failure:
             rows.append({"step": name, "why": first_line(failure)})
         else:
-            ratio = _ratio(seconds["after"], seconds["before"])
-            medians = {f"{k} ms": 1e3 * statistics.median(v) for k, v in seconds.items()}
-            rows.append({"step": name} | medians | {"ratio": ratio})
-        del step, calls
+            row: dict[str, Any] = {"step": name}
+            row |= {f"{k} ms": 1e3 * statistics.median(v) for k, v in seconds.items()}
+            rows.append(row | {"ratio": _ratio(seconds["after"], seconds["before"])})
         settle(sizes.device)
     return rows
 
@@ -223,7 +222,7 @@ def text_of(entry: configs.Entry) -> str:
     """A candidate in few characters."""
     if not dataclasses.is_dataclass(entry):
         return str(entry)
-    values = dataclasses.asdict(entry)  # type: ignore[call-overload]
+    values = dataclasses.asdict(entry)
     blocks = "×".join(str(value) for name, value in values.items() if name.startswith("block"))
     named = {"num_warps": "{} warps", "num_stages": "{} stages", "band": "band {}"}
     others = [text.format(values[name]) for name, text in named.items() if name in values]
@@ -265,7 +264,7 @@ def nested(entries: configs.Entries) -> dict[str, Any]:
     """As files have them: sections of names."""
     found: dict[str, Any] = {}
     for (section, name), entry in entries.items():
-        value = dataclasses.asdict(entry) if dataclasses.is_dataclass(entry) else entry  # type: ignore[call-overload]
+        value = dataclasses.asdict(entry) if dataclasses.is_dataclass(entry) else entry
         found.setdefault(section, {})[name] = value
     return found
 

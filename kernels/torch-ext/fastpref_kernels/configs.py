@@ -227,7 +227,7 @@ def trial(entries: Mapping[tuple[str, str], Entry]) -> Iterator[None]:
     Of the whole process: backward passes run in threads of their own.
     """
     global _trial
-    before, _trial = _trial, _trial | entries
+    before, _trial = _trial, {**_trial, **entries}
     try:
         yield
     finally:
