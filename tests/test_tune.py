@@ -186,6 +186,38 @@ def test_every_variant_of_the_kernels_agrees_with_itself_under_other_tiles():
 
 
 @interpreted
+def test_a_candidate_is_what_is_launched(monkeypatch):
+    """One that is not would be the default, measured once more."""
+    from fastpref_kernels import forward, rows, weight_gradient
+
+    launched = {}
+
+    def seen(module, name, kernel):
+        launch = getattr(module, name)
+
+        def note(*args):
+            launched.setdefault(kernel, set()).add(args[-1])
+            return launch(*args)
+
+        monkeypatch.setattr(module, name, note)
+
+    seen(forward, "_project", "projection")
+    seen(weight_gradient, "_multiply", "weight_gradient")
+    asked_for = rows.rows_config
+    monkeypatch.setattr(
+        rows, "rows_config", lambda device: launched.setdefault("rows", asked_for(device))
+    )
+    for question in questions(dry=True):
+        if question.key[0] in ("projection", "weight_gradient", "rows"):
+            launched.clear()
+            (tiny, *_) = question.steps[0](tuning.defaults("cpu")[question.key])
+            with configs.trial(tuning.defaults("cpu") | {question.key: tiny}):
+                question.work(SIZES)[0]()
+            found = launched[question.key[0]]
+            assert found == (tiny if question.key == ROWS else {tiny})
+
+
+@interpreted
 @no_gpu
 def test_a_dry_run_writes_where_it_is_told_and_what_it_writes_holds(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -45,7 +45,7 @@ def parts(setup: Setup) -> list[Part]:
 
 def _ask(setup: Setup, question: Question, sizes: Sizes) -> dict[str, Any]:
     entries = run.defaults(setup.device) | _winners(setup)
-    answer = run.ask(question, sizes, entries, setup.rounds)
+    answer = run.ask(question, sizes, entries, setup.repeats)
     candidates = {run.text_of(entry): entry for entry in answer.timed}
     best = sorted(answer.rows, key=lambda row: row["of default"]["median"])[:2]
     return {
@@ -69,7 +69,7 @@ def _winners(setup: Setup) -> configs.Entries:
 def _steps(setup: Setup, sizes: Sizes) -> list[dict[str, Any]]:
     """Before and after, and the file."""
     entries = _winners(setup)
-    found = run.steps(sizes, entries, setup.rounds)
+    found = run.steps(sizes, entries, setup.repeats)
     run.write(setup.call.directory / "tuned.json", entries, sizes, found)
     return found
 
