@@ -198,9 +198,14 @@ def _normal(sizes: Sizes, *shape: int, scale: float = 1.0, seed: int = 0) -> Ten
     return torch.randn(shape, generator=generator, device=sizes.device).mul_(scale)
 
 
+def _width(size: int, apart: bool) -> int:
+    """Of rows that begin at multiples of 16 bytes, as descriptors ask for, or do not."""
+    return -(-size // 8) * 8 + apart
+
+
 def _head_and_rows(sizes: Sizes, rows: int, apart: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states `(rows, H)`, head and targets; `apart`: not as descriptors want them."""
-    width = sizes.hidden_size + apart
+    width = _width(sizes.hidden_size, apart)
     scale = LOGIT_DEVIATION / sizes.hidden_size**0.5
     hidden = _normal(sizes, rows, width).to(sizes.dtype)[:, : sizes.hidden_size]
     weight = _normal(sizes, sizes.vocabulary, width, scale=scale, seed=1).to(sizes.dtype)
@@ -273,10 +278,10 @@ def _projection(sizes: Sizes, variant: str) -> Work:
 
 def _weight_gradient(sizes: Sizes, variant: str) -> Work:
     """A group's part of the head's gradient, added to a sum in two halves."""
-    apart = int(variant == "pointers")
+    apart = variant == "pointers"
     v, h = sizes.vocabulary, sizes.hidden_size
-    gradient = _normal(sizes, sizes.rows, v + apart, scale=100.0).half()[:, :v]
-    rows = _normal(sizes, sizes.rows, h + apart, seed=1).half()[:, :h]
+    gradient = _normal(sizes, sizes.rows, _width(v, apart), scale=100.0).half()[:, :v]
+    rows = _normal(sizes, sizes.rows, _width(h, apart), seed=1).half()[:, :h]
     high = torch.empty(v, h, dtype=torch.bfloat16, device=sizes.device)
     low = torch.empty(v, h, dtype=torch.int8, device=sizes.device)
     scale = torch.full((), 2.0**-16, device=sizes.device)
