@@ -271,11 +271,9 @@ def _with_tuned(shipped: Entries, device: str) -> Entries:
 
 def _fitting(entries: Entries) -> Entries:
     """Exponentials of a slice have one peak a block: slices end with one."""
-    columns, block = (
-        entries["choices", "columns"],
-        cast(RowsConfig, entries["rows", "plain"]).block_v,
-    )
-    if cast(int, columns) % block:
+    columns = cast(int, entries["choices", "columns"])
+    block = cast(RowsConfig, entries["rows", "plain"]).block_v
+    if columns % block:
         raise ValueError(f"columns, {columns}, must be a multiple of the rows' block_v, {block}")
     return entries
 
