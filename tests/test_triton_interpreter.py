@@ -261,13 +261,14 @@ def test_projection_by_descriptors(hidden_size, index, monkeypatch, poison):
     monkeypatch.setattr(
         forward, "_project", lambda *args: (described.append(args[-1].descriptors), launch(*args))
     )
-    config = dataclasses.replace(configs._PROJECTION_INTERPRETED, descriptors=True)
-    monkeypatch.setattr(configs, "_PROJECTION_INTERPRETED", config)
+    wide = "projection", "wide"
+    config = dataclasses.replace(configs.entries_of("interpreter")[wide], descriptors=True)
     problem = make_problem(35, 131, hidden_size, torch.float32, "all", bias=True, index=index)
     problem = dataclasses.replace(
         problem, hidden=problem.hidden.contiguous(), weight=problem.weight.contiguous()
     )
-    check_projection(problem)
+    with configs.trial({wide: config}):
+        check_projection(problem)
     assert described == [hidden_size == 36]
 
 
