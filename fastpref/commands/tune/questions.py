@@ -19,7 +19,7 @@ from fastpref_kernels import Epilogue, configs
 from torch import Tensor
 
 from fastpref import sequence_logps
-from fastpref.backends import Head, triton_backend
+from fastpref.backends import Head, Kept, triton_backend
 from fastpref.commands.verify import LOGIT_DEVIATION, accumulation_error
 
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
