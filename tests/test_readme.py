@@ -18,6 +18,9 @@ def test_tables_come_from_the_committed_run():
     text = (ROOT / "README.md").read_text()
     results = json.loads((ROOT / "bench/results/cpu/bench.json").read_text())
     tables = markdown_tables(results)
+    trainers = ROOT / "bench/results/cpu/trainer.json"
+    if trainers.exists():
+        tables |= markdown_tables(json.loads(trainers.read_text()))
     tables["families"] = families.markdown(json.loads(families.RESULTS.read_text()))
     for name in tables:
         assert f"<!-- {name} -->" in text
