@@ -361,6 +361,8 @@ def compare(family: str) -> dict[str, Any]:
             found[column] = {"refused": str(refusal)}
         else:
             steps[column] = step(trainer)
+    if not steps:
+        return found
     own = own_step(trainer, copy.deepcopy(policy), copy.deepcopy(reference))
     try:
         expected = step(make_trainer(STOCK, policy, reference, family))
@@ -389,7 +391,8 @@ def markdown(results: dict[str, Any]) -> str:
         if "without TRL" in found:
             notes["TRL fails: beside its own logits"] = None
         differences = [each["difference"] for each in columns.values() if "difference" in each]
-        cells = [*map(_verdict, columns.values()), f"{max(differences):.0e}"]
+        largest = f"{max(differences):.0e}" if differences else ""
+        cells = [*map(_verdict, columns.values()), largest]
         lines.append([found["family"], *cells, "; ".join(notes)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -62,6 +62,16 @@ def test_what_does_not_work_is_not_said_to():
     assert line == "| Gemma 2 | differs | works | works | 1e-02 |  |"
 
 
+def test_a_family_that_is_refused_altogether(monkeypatch):
+    decoder = families.text("modernbert-decoder", bos_token_id=2, cls_token_id=2, sep_token_id=3)
+    monkeypatch.setitem(families.FAMILIES, "ModernBERT", decoder)
+    found = families.compare("ModernBERT")
+    line = families.markdown({"families": [found]}).splitlines()[-1]
+    assert line.startswith(
+        "| ModernBERT | refused | refused | refused |  | ModernBertDecoderForCaus"
+    )
+
+
 def test_without_trl_the_models_own_logits_are_compared_with(monkeypatch):
     """A TRL whose numbers are others is not taken for the truth."""
     make_trainer = families.make_trainer
