@@ -15,7 +15,7 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from fastpref import planner
-from fastpref.commands.benchmark import charts, measure, report, suite, trainer, workloads
+from fastpref.commands.benchmark import charts, measure, report, steps, suite, trainer, workloads
 from fastpref.commands.benchmark.measure import (
     accuracy,
     peak_memory,
@@ -330,6 +330,17 @@ def test_a_step_trains(trainers):
         after = list(each.model.parameters())
         assert not any(torch.equal(x, y) for x, y in zip(before, after, strict=True))
         assert all(parameter.grad is None for parameter in after)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_steps_beside_the_trunk(lora, monkeypatch):
+    monkeypatch.setattr(steps, "run_in_fresh_process", lambda module, arguments: arguments)
+    with trainer._checkpoint(None) as directory:
+        entries = steps.measure_steps(directory, lora, 2, "cpu")
+        assert [e["bytes"] for e in entries] == [[k, directory, lora, "cpu"] for k in steps.KINDS]
+    assert [e["peer"] for e in entries] == ["trunk", "DPOTrainer", "PreferenceTrainer"]
+    assert all(len(e["seconds"]) == 2 and min(e["seconds"]) > 0 for e in entries)
+    assert entries[1]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
 
 
 @pytest.fixture(scope="module")
