@@ -15,7 +15,7 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from fastpref import planner
-from fastpref.commands.benchmark import charts, measure, report, suite, workloads
+from fastpref.commands.benchmark import charts, measure, report, steps, suite, trainer, workloads
 from fastpref.commands.benchmark.measure import (
     accuracy,
     peak_memory,
@@ -34,6 +34,7 @@ from fastpref.commands.plan import (
     head_shape,
     largest_batch,
     problem_for,
+    trunk_tokens,
 )
 from fastpref.commands.tables import show
 
@@ -215,10 +216,15 @@ def test_comparison_names_what_got_worse(results):
         (["--out", "/proc/x"], "/proc/x"),
         (["--device", "nonsense"], "no device 'nonsense'"),
         (["--model", "no-such-directory"], "does not exist"),
+        (["--trainer"], "--trainer needs --model, or --quick"),
+        (["--trainer", "--quick", "--peers", "naive"], "--trainer measures no heads"),
+        (["--trainer", "--quick", "--workload", "smollm2-135m"], "--trainer measures no heads"),
+        (["--trainer", "--quick", "--compare", "bench.json"], "--trainer measures no heads"),
     ],
 )
 def test_bench_refuses_before_anything_is_measured(more, message, monkeypatch):
     monkeypatch.setattr(suite, "run_suite", None)
+    monkeypatch.setattr(trainer, "run_trainers", None)
     result = run(app, ["bench", *more])
     assert result.exit_code == 2
     assert message in result.output
@@ -268,6 +274,118 @@ def test_tables_of_compiled_kernels_are_whole(width):
     assert [table.title.split(",")[0] for table in tables] == list(compile_report.ARCHITECTURES)
     assert_whole(tables, width)
     assert "spills 1024 bytes" in list(tables[0].columns[0].cells)[0]
+
+
+# --- whole training steps -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", trainer.RATIOS.values())
+@pytest.mark.parametrize("tokens", [None, 600])
+def test_lengths_have_their_ratio(ratio, tokens):
+    """Each of 48 lengths is rounded by half a token at most."""
+    lengths = trainer.lengths_at(ratio, tokens)
+    prompts = sum(prompt for prompt, _, _ in lengths)
+    completions = sum(chosen + rejected for _, chosen, rejected in lengths) / 2
+    assert abs(prompts - ratio * completions) <= 8 * (1 + ratio)
+    theirs = sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in LENGTHS) / 32
+    expected = theirs if tokens is None else tokens
+    assert abs((prompts + completions) / 16 - expected) <= 1
+    spread = [max(column) / statistics.median(column) for column in zip(*lengths, strict=True)]
+    assert min(spread) > 2
+
+
+@pytest.fixture(scope="module")
+def trainers():
+    """One of each way, on the tiny model, and its batches."""
+    torch.manual_seed(0)
+    with trainer._checkpoint(None) as directory:
+        made = {}
+        for way in (trainer.STOCK, *trainer.WAYS):
+            each = trainer.trainer_of(way, directory, "cpu")
+            made[way] = each, trainer.make_batches(each, trainer.lengths_at(4.0, 24))
+        yield made
+
+
+def test_every_way_trains_on_the_same(trainers):
+    """Loss of a batch, away from the reference, and the tokens that `fastpref plan` counts."""
+    losses = []
+    for each, batches in trainers.values():
+        each.model.lm_head.weight.data.mul_(3)
+        with torch.no_grad():
+            losses.append(each.compute_loss(each.model, dict(batches[1])).item())
+        each.model.lm_head.weight.data.div_(3)
+    assert abs(losses[0] - 0.6931) > 1e-3
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+    planned = trunk_tokens(trainer.lengths_at(4.0, 24), trainer.PAIRS)
+    for way, (_, batches) in trainers.items():
+        found = sum(map(trainer.tokens_of, batches))
+        assert found == planned[way if way in planned else "padded"]
+    assert planned["share_prompt"] < planned["padding_free"] < planned["padded"]
+
+
+def test_a_step_trains(trainers):
+    for each, batches in trainers.values():
+        before = [parameter.detach().clone() for parameter in each.model.parameters()]
+        trainer.optimizing(each)(batches[0])
+        after = list(each.model.parameters())
+        assert not any(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+        assert all(parameter.grad is None for parameter in after)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_steps_beside_the_trunk(lora, monkeypatch):
+    monkeypatch.setattr(steps, "run_in_fresh_process", lambda module, arguments: arguments)
+    with trainer._checkpoint(None) as directory:
+        entries = steps.measure_steps(directory, lora, 2, "cpu")
+        assert [e["bytes"] for e in entries] == [[k, directory, lora, "cpu"] for k in steps.KINDS]
+    assert [e["peer"] for e in entries] == ["trunk", "DPOTrainer", "PreferenceTrainer"]
+    assert all(len(e["seconds"]) == 2 and min(e["seconds"]) > 0 for e in entries)
+    assert entries[1]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+
+
+@pytest.fixture(scope="module")
+def trainer_run(tmp_path_factory):
+    """`fastpref bench --trainer --quick`; memory is made up, to save processes."""
+    out = tmp_path_factory.mktemp("trainer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "run_in_fresh_process", lambda module, arguments: 7_000_000)
+        result = run(app, ["bench", "--trainer", "--quick", "--device", "cpu", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    return result.output, out
+
+
+def test_a_run_of_trainers(trainer_run):
+    output, out = trainer_run
+    assert sorted(path.name for path in out.iterdir()) == ["trainer.json", "trainer.png"]
+    assert (out / "trainer.png").read_bytes()[:4] == b"\x89PNG"
+    results = json.loads((out / "trainer.json").read_text())
+    entries = {(e["workload"], e["peer"]): e for e in results["trainer"]}
+    ways = (trainer.STOCK, *trainer.WAYS)
+    assert list(entries) == [(workload, way) for workload in trainer.RATIOS for way in ways]
+    for (workload, _), entry in entries.items():
+        stock = entries[workload, trainer.STOCK]
+        assert len(entry["seconds"]) == 4 and min(entry["seconds"]) > 0
+        ratios = [a / b for a, b in zip(entry["seconds"], stock["seconds"], strict=True)]
+        assert entry["ratio"]["median"] == pytest.approx(statistics.median(ratios))
+    for text in ("tiny, 4 pairs, UltraFeedback", "tiny, 4 pairs, long prompts", "share_prompt"):
+        assert text in output
+    lines = report.markdown_tables(results)["trainer"].splitlines()
+    assert len(lines) == 2 + len(entries)
+    assert "7 MB" in lines[2] and "**share_prompt**, long prompts" in lines[-1]
+
+
+@pytest.mark.parametrize("width", [50, 80])
+def test_tables_of_trainers_are_whole(width, trainer_run):
+    _, out = trainer_run
+    assert_whole(list(report._tables(json.loads((out / "trainer.json").read_text()))), width)
+
+
+def test_peak_memory_of_a_way_in_its_process():
+    with trainer._checkpoint(None) as directory:
+        arguments = ["share_prompt", 4.0, 24, directory, "cpu"]
+        found = measure.run_in_fresh_process(trainer.__name__, arguments)
+    weights = 4 * (2 * 211 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64))
+    assert weights < found < 500e6  # gradients and moments of the weights at the least
 
 
 # --- plan ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,19 @@ from fastpref.commands.benchmark.report import insert_tables, main, markdown_tab
 from fastpref.objectives import PUBLISHED_SETTINGS
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+
+import families  # noqa: E402
 
 
 def test_tables_come_from_the_committed_run():
     text = (ROOT / "README.md").read_text()
     results = json.loads((ROOT / "bench/results/cpu/bench.json").read_text())
     tables = markdown_tables(results)
+    trainers = ROOT / "bench/results/cpu/trainer.json"
+    if trainers.exists():
+        tables |= markdown_tables(json.loads(trainers.read_text()))
+    tables["families"] = families.markdown(json.loads(families.RESULTS.read_text()))
     for name in tables:
         assert f"<!-- {name} -->" in text
     assert insert_tables(text, tables) == text

@@ -347,7 +347,11 @@ def bench_command(
             file_okay=False,
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory for bench.json and charts.")] = None,
+    trainer: Annotated[
+        bool,
+        typer.Option(help="Whole training steps alone, of --model: as under TRL, packed, shared."),
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Directory for the JSON and charts.")] = None,
     compare: Annotated[
         Path | None, typer.Option(help="An earlier bench.json: say what became slower or larger.")
     ] = None,
@@ -360,7 +364,14 @@ def bench_command(
     """
     from fastpref.commands.benchmark import charts, report, suite
     from fastpref.commands.benchmark.peers import PEERS
+    from fastpref.commands.benchmark.trainer import run_trainers
     from fastpref.commands.train import check_directory, check_model
+
+    if trainer:
+        if workload or peers or compare:
+            _fail("--trainer measures no heads: leave out --workload, --peers and --compare")
+        if model is None and not quick:
+            _fail("--trainer needs --model, or --quick for a look at a tiny one")
 
     names = [n for n in PEERS if not peers or any(p.lower() in n.lower() for p in peers)]
     if not names:
@@ -382,10 +393,14 @@ def bench_command(
     save = {} if out is None else {"save": lambda results: charts.write_results(results, out)}
     columns = (BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as progress:
-        results = suite.run_suite(planned, names, device, directory, progress, **save)
+        if trainer:
+            results = run_trainers(directory, device, progress, quick=quick, **save)
+        else:
+            results = suite.run_suite(planned, names, device, directory, progress, **save)
     report.print_report(results, console)
     if out is not None:
-        for path in (out / "bench.json", *charts.write_charts(results, out)):
+        written = charts.write_results(results, out)
+        for path in (written, *charts.write_charts(results, out)):
             console.print(f"wrote {path}", soft_wrap=True)
     if old is not None:
         worse = report.regressions(results, old)

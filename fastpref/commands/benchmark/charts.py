@@ -12,15 +12,17 @@ from fastpref.commands.benchmark.report import MB
 
 
 def write_results(results: dict[str, Any], directory: Path) -> Path:
-    """`bench.json` in `directory`."""
+    """`bench.json` in `directory`; `trainer.json` of a run of trainers."""
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "bench.json"
+    path = directory / ("trainer.json" if "trainer" in results else "bench.json")
     path.write_text(json.dumps(results, indent=1) + "\n")
     return path
 
 
 def write_charts(results: dict[str, Any], directory: Path) -> list[Path]:
-    """`peers.png` and, where sizes were varied, `scaling.png` in `directory`."""
+    """`peers.png` and, where sizes were varied, `scaling.png`; of trainers `trainer.png`."""
+    if "trainer" in results:
+        return [_trainer_chart(results, directory / "trainer.png")]
     charts = [_peers_chart(results, directory / "peers.png")]
     if results["sweeps"]:
         charts.append(_scaling_chart(results, directory / "scaling.png"))
@@ -65,6 +67,29 @@ def _peers_chart(results: dict[str, Any], path: Path) -> Path:
     if error:
         panels[2].set_xscale("log")
     figure.suptitle(f"{workload}  ·  {results['environment']['hardware']}", fontsize=11)
+    return _save(figure, path)
+
+
+def _trainer_chart(results: dict[str, Any], path: Path) -> Path:
+    """Time of a step and peak memory beside stock TRL's, and trunk tokens, by workload."""
+    workloads = list(dict.fromkeys(entry["workload"] for entry in results["trainer"]))
+    figure, panels = _figure(len(workloads), 3, (13, 2.6 * len(workloads)))
+    for row, workload in enumerate(workloads):
+        entries = [e for e in results["trainer"] if e["workload"] == workload][::-1]
+        names = [entry["peer"] for entry in entries]
+        colours = ["tab:gray" if name == "DPOTrainer" else "tab:green" for name in names]
+        columns = (
+            ("a step, of DPOTrainer's", "{:.2f}", [e["ratio"]["median"] for e in entries]),
+            ("peak memory, MB", "{:,.0f}", [e["bytes"] / MB for e in entries]),
+            ("tokens through the trunk", "{:,.0f}", [e["trunk_tokens"] for e in entries]),
+        )
+        for panel, (title, label, values) in zip(panels[3 * row :], columns, strict=False):
+            bars = panel.barh(names, values, color=colours)
+            panel.bar_label(bars, [label.format(value) for value in values], padding=3)
+            panel.set_title(f"{workload}: {title}", fontsize=10)
+            panel.margins(x=0.25)
+    hardware = results["environment"]["hardware"]
+    figure.suptitle(f"{results['model']}, 4 pairs  ·  {hardware}", fontsize=11)
     return _save(figure, path)
 
 

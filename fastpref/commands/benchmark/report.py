@@ -33,6 +33,10 @@ def print_report(results: dict[str, Any], console: Console) -> None:
 
 
 def _tables(results: dict[str, Any]) -> Iterator[Table]:
+    if "trainer" in results:
+        for workload in dict.fromkeys(entry["workload"] for entry in results["trainer"]):
+            yield _trainer_table(results, workload)
+        return
     for workload in dict.fromkeys(entry["workload"] for entry in results["speed"]):
         yield _workload_table(results, workload)
     for axis in dict.fromkeys(entry["axis"] for entry in results["sweeps"]):
@@ -113,9 +117,32 @@ def _training_table(results: dict[str, Any]) -> Table:
     return table
 
 
+def _trainer_table(results: dict[str, Any], workload: str) -> Table:
+    table = new_table(
+        f"whole training step, {results['model']}, 4 pairs, {workload}",
+        *("", "a step\ns", "of DPOTrainer", "peak\nMB", "trunk\ntokens"),
+    )
+    for entry in results["trainer"]:
+        if entry["workload"] == workload:
+            ours = entry["peer"] != "DPOTrainer"
+            table.add_row(
+                entry["peer"], *map(escape, _trainer_cells(entry)), style="bold" if ours else None
+            )
+    return table
+
+
+def _trainer_cells(entry: dict[str, Any]) -> list[str]:
+    return [
+        f"{statistics.median(entry['seconds']):.3g}",
+        _ratio(entry["ratio"]),
+        f"{entry['bytes'] / MB:,.0f}",
+        f"{entry['trunk_tokens']:,}",
+    ]
+
+
 def _skipped(results: dict[str, Any]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for entry in results["skipped"]:
+    for entry in results.get("skipped", ()):
         names = found.setdefault(entry["why"], [])
         if entry["peer"] not in names:
             names.append(entry["peer"])
@@ -135,10 +162,12 @@ def markdown_tables(results: dict[str, Any]) -> dict[str, str]:
     """Tables of a run by name, as the README shows them between `<!-- name -->` markers.
 
     Args:
-        results: bench.json, or what `bench/on_gpu.py confirm` has written.
+        results: bench.json, trainer.json, or what `bench/on_gpu.py confirm` has written.
     """
     if results.get("stage") == "confirm":
         return {"gpu": _markdown_gpu(results), "gpu training": _markdown_gpu_training(results)}
+    if "trainer" in results:
+        return {"trainer": _markdown_trainer(results)}
     return {
         "speed": _markdown_speed(results),
         "pairs": _markdown_pairs(results),
@@ -280,6 +309,16 @@ def _parts(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {part["name"]: part["result"] for part in results["parts"] if part["status"] == "done"}
 
 
+def _markdown_trainer(results: dict[str, Any]) -> str:
+    rows = []
+    for entry in results["trainer"]:
+        seconds, ratio, peak, tokens = _trainer_cells(entry)
+        peer = entry["peer"] if entry["peer"] == "DPOTrainer" else f"**{entry['peer']}**"
+        cells = [f"{seconds} s", ratio, f"{peak} MB", tokens]
+        rows.append([f"{peer}, {entry['workload']}", *cells])
+    return _markdown(["", "a step", "of DPOTrainer", "peak memory", "trunk tokens"], rows)
+
+
 def _markdown_predicted() -> str:
     """Arithmetic, no measurement: an 8 B model's head on a GPU, as `fastpref plan` has it."""
     rows = []
@@ -338,4 +377,5 @@ def main(readme: Path, source: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    for given in sys.argv[2:]:
+        main(Path(sys.argv[1]), Path(given))

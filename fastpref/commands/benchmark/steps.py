@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,51 +25,66 @@ KINDS = ("trunk", "DPOTrainer", "PreferenceTrainer")
 
 def make_step(kind: str, model_directory: str, lora: bool, device: str) -> Callable[[], None]:
     """A function that does one training step of `kind` on 2 pairs of 256 tokens."""
+    ours = kind == "PreferenceTrainer"
+    trainer = make_trainer(ours, model_directory, device, pairs=PAIRS, lora=lora)
+    step = optimizing(trainer, partial(_trunk_step, trainer) if kind == "trunk" else None)
+    return partial(step, _batch(trainer))
+
+
+def make_trainer(
+    ours: bool, model_directory: str, device: str, *, pairs: int, lora: bool = False, **options: Any
+) -> Any:
+    """`PreferenceTrainer` or `DPOTrainer` with a live reference; options are its configuration's.
+
+    Without LoRA the reference is a frozen copy of the policy.
+    """
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
     from fastpref.trl import PreferenceConfig, PreferenceTrainer
 
-    ours = kind == "PreferenceTrainer"
     trainer_class: Any = PreferenceTrainer if ours else DPOTrainer
     config_class: Any = PreferenceConfig if ours else DPOConfig
     config = config_class(
         tempfile.mkdtemp(),
-        per_device_train_batch_size=PAIRS,
+        per_device_train_batch_size=pairs,
         gradient_checkpointing=False,
         bf16=device != "cpu",
         use_cpu=device == "cpu",
         dataloader_pin_memory=False,
         report_to=[],
         disable_tqdm=True,
+        **options,
     )
     peft_config = None
     if lora:
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    # Adapters need no second model; a full policy has a frozen copy as its reference.
-    trainer = trainer_class(
+    return trainer_class(
         AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32),
         args=config,
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
         processing_class=AutoTokenizer.from_pretrained(model_directory),
         peft_config=peft_config,
     )
+
+
+def optimizing(
+    trainer: Any, run: Callable[[dict[str, Any]], object] | None = None
+) -> Callable[[dict[str, Any]], None]:
+    """A function that trains on a batch: `run`, by default the trainer's own step, and AdamW."""
     trainer.current_gradient_accumulation_steps = 1  # what `train` sets before its first step
-    batch = _batch(trainer)
     model = trainer.model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    run = run or partial(trainer.training_step, model)
 
-    def step() -> None:
-        if kind == "trunk":
-            _trunk_step(trainer, batch)
-        else:
-            trainer.training_step(model, batch)
+    def step(batch: dict[str, Any]) -> None:
+        run(batch)
         optimizer.step()
         optimizer.zero_grad()
-        if batch["input_ids"].device.type == "cuda":
+        if trainer.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
 
     return step
