@@ -49,6 +49,17 @@ def largest(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, torch.inf)
 
 
+def _largest_of_head(head: Head) -> Tensor:
+    """No element of W is larger."""
+    found = largest(head.weight)
+    if head.frozen_weight is None:
+        return found
+    frozen = largest(head.frozen_weight).to(torch.promote_types(found.dtype, torch.float32))
+    if head.frozen_scale is not None:
+        frozen = frozen * largest(head.frozen_scale)
+    return torch.maximum(found.to(frozen.dtype), frozen)
+
+
 def fitted_rows(
     by: Elementwise,
     operand: Tensor,  # (n, H)
@@ -68,7 +79,7 @@ class _HeadOperand:
     """The head as an operand of gradients' products, slice by slice, all fitted by one power."""
 
     def __init__(self, by: Elementwise, head: Head) -> None:
-        self.by, self.whole = by, head.weight
+        self.by, self.head = by, head
         self.fits = gradient_dtype(head) != product_dtype(head)  # float16 is taken as it is
         self.bound: Tensor | None = None
         self.inverse: Tensor | None = None  # what products are multiplied by, None for 1
@@ -78,7 +89,7 @@ class _HeadOperand:
         if not self.fits:
             return weight
         if self.bound is None:
-            self.bound = largest(self.whole)
+            self.bound = _largest_of_head(self.head)
         found, self.inverse = self.by.fitted(weight, self.bound)
         return found
 
@@ -90,7 +101,7 @@ def hidden_gradient(
     head: Head,
 ) -> Tensor:
     """∂ℓ_t/∂h_t of every row `(n, H)`, in accumulate_dtype."""
-    hidden_size = head.weight.shape[1]
+    hidden_size = head.hidden_size
     operand = _HeadOperand(by, head)
     columns = max(1, _FITTED_BYTES // (2 * hidden_size)) if operand.fits else None
     total = Total(gradient.new_empty(len(gradient), hidden_size, dtype=head.accumulate_dtype))
@@ -123,6 +134,33 @@ def add_weight_gradient(
     total.written = True
 
 
+def add_scale_gradient(
+    total: Total,  # (V, 1)
+    gradient: Tensor,  # (n, V)
+    rows: Tensor,  # (n, F)
+    inverse: Tensor | None,  # () of rows
+    head: Head,
+) -> None:
+    """`total (+)= inverse · Σ_f (gradientᵀ @ rows) ∘ frozen_weight`, slice after slice."""
+    wide = torch.promote_types(torch.float32, gradient.dtype)
+    step = max(1, _FITTED_BYTES // (wide.itemsize * rows.shape[1]))
+    for first in range(0, len(total.high), step):
+        part = slice(first, first + step)
+        product = rows.new_empty(gradient[:, part].shape[1], rows.shape[1], dtype=wide)
+        product_into(gradient[:, part].T, rows, out=product)
+        found = _times_frozen(product, part, head)
+        found = found if inverse is None else found * inverse
+        total.high[part] = total.high[part] + found if total.written else found
+    total.written = True
+
+
+def _times_frozen(product: Tensor, part: slice, head: Head) -> Tensor:
+    """The scale's gradient `(rows, 1)` from that of the scaled weight's rows `(rows, F)`."""
+    assert head.frozen_weight is not None  # nothing else is scaled
+    frozen = head.frozen_weight[part].to(product.dtype)
+    return torch.linalg.vecdot(product, frozen)[:, None]
+
+
 def _add(total: Total, left: Tensor, right: Tensor) -> None:
     """`total (+)= left @ right`, where `high` alone is wide enough to sum in."""
     if total.written:
@@ -139,7 +177,7 @@ def sliced_gradients(
     coef: Tensor,  # (n,)
     entropy: tuple[Tensor, Tensor] | None,  # entropies (n,) and their coefficients (n,)
     tile: tuple[int, int],
-    wants: tuple[bool, bool, bool],  # hidden, weight, bias
+    wants: tuple[bool, ...],  # hidden, weight, bias, frozen_scale
     gradient_of: Callable[..., Tensor],
 ) -> Grads:
     """Gradients from logits computed once more, vocabulary slice after vocabulary slice.
@@ -155,33 +193,49 @@ def sliced_gradients(
         operand.new_zeros(operand.shape, dtype=wide) if wants[0] else None,
         torch.empty_like(head.weight) if wants[1] else None,
         torch.empty_like(head.bias) if wants[2] and head.bias is not None else None,
+        torch.empty_like(head.frozen_scale) if wants[3] and head.frozen_scale is not None else None,
     )
-    of_head = []  # slots of the gradient, and what the gradient of logits is multiplied with
+    # Slots of the gradient, what the gradient of logits is multiplied with, what finishes a slice.
+    of_head: list[tuple[Tensor, _RowOperand, Callable[..., Tensor] | None]] = []
     if grads.weight is not None:
-        of_head.append((grads.weight, _RowOperand(by, operand, factor)))
+        trained = operand[:, head.frozen_columns :].contiguous()
+        of_head.append((grads.weight, _RowOperand(by, trained, factor), None))
     if grads.bias is not None:
         ones = operand.new_ones(len(operand), 1)
-        of_head.append((grads.bias[:, None], _RowOperand(by, ones, factor)))
+        of_head.append((grads.bias[:, None], _RowOperand(by, ones, factor), None))
+    if grads.frozen_scale is not None:
+        frozen = _RowOperand(by, operand[:, : head.frozen_columns].contiguous(), factor)
+        of_head.append((grads.frozen_scale[:, None], frozen, _times_frozen))
     buffer = hidden.new_empty(min(rows, len(hidden)), columns, dtype=wide)
     of_hidden = _HeadOperand(by, head)
 
     def add_slice(first: int, last: int, weight: Tensor) -> None:  # what it holds goes with it
         of_gradients = of_hidden.of(weight) if grads.hidden is not None else weight
-        sums = [Total(_in_dtype(slot[first:last], wide)) for slot, _ in of_head]
+        part = slice(first, last)
+        sums = [
+            Total(
+                slot[part]
+                if slot.dtype == wide and finish is None
+                else slot.new_empty((last - first, of_rows.rows.shape[1]), dtype=wide)
+            )
+            for slot, of_rows, finish in of_head
+        ]
         for start in range(0, len(hidden), rows):
             block = slice(start, start + rows)
             held = buffer[: len(operand[block]), : last - first]
             gradient = gradient_of(operand[block], weight, block, first, held, coef, entropy)
-            for total, (_, of_rows) in zip(sums, of_head, strict=True):
+            for total, (_, of_rows, _) in zip(sums, of_head, strict=True):
                 _add(total, gradient.T, of_rows.block(block))
             if grads.hidden is not None:
                 add_product(grads.hidden[block], gradient, of_gradients)
-        for total, (slot, of_rows) in zip(sums, of_head, strict=True):
-            total.finish()
+        for total, (slot, of_rows, finish) in zip(sums, of_head, strict=True):
+            found = total.finish().high
+            if finish is not None:
+                found = finish(found, part, head)
             if of_rows.inverse is not None:
-                torch.mul(total.high, of_rows.inverse, out=slot[first:last])
-            elif total.high.dtype != slot.dtype:
-                slot[first:last] = total.high
+                torch.mul(found, of_rows.inverse, out=slot[part])
+            elif finish is not None or found.dtype != slot.dtype:
+                slot[part] = found
 
     for first, last, weight in weight_slices(head, columns):
         add_slice(first, last, weight)
@@ -207,11 +261,6 @@ class _RowOperand:
             self.rows[block], self.bounds[0], None, self.factor[block], self.bounds[1]
         )
         return found
-
-
-def _in_dtype(slot: Tensor, dtype: torch.dtype) -> Tensor:
-    """Itself, or room for it."""
-    return slot if slot.dtype == dtype else slot.new_empty(slot.shape, dtype=dtype)
 
 
 def _normalised(
@@ -285,4 +334,4 @@ def _target_rows(targets: Tensor, head: Head, dtype: torch.dtype) -> Iterator[tu
     """The head's rows of the targets, some at a time, rounded as operands are."""
     for start in range(0, len(targets), _TARGET_ROWS):
         part = slice(start, start + _TARGET_ROWS)
-        yield part, head.weight[targets[part]].to(head.compute_dtype).to(dtype)
+        yield part, head.rows(targets[part]).to(dtype)

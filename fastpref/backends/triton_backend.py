@@ -60,7 +60,7 @@ def forward(
 ) -> RowStats:
     if head.compute_dtype.itemsize == 2 and kernels.forward_by() == "tiles":
         found = kernels.projection_statistics(
-            hidden, head.weight, targets, _epilogue(head), stats, index, head.compute_dtype
+            hidden, head.whole, targets, _epilogue(head), stats, index, head.compute_dtype
         )
         return RowStats(*found)
     parts = []
@@ -86,7 +86,7 @@ def group_forward(
     operand = as_operand(hidden, head)
     if operand.dtype.itemsize == 2 and kernels.exponentials_by() == "tiles":
         logps, lse, extra, peaks, block = kernels.projection_exponentials(
-            operand, head.weight, targets, _epilogue(head), buffer, stats, head.compute_dtype
+            operand, head.whole, targets, _epilogue(head), buffer, stats, head.compute_dtype
         )
         return RowStats(logps, lse, extra, peaks, block)
     partials = _library_statistics(operand, targets, head, stats, buffer)
@@ -102,7 +102,7 @@ def _library_statistics(
     out: Tensor | None = None,  # (n, V) exponentials
 ) -> kernels.Partials:
     epilogue = _epilogue(head)
-    partials = kernels.new_partials(operand, head.weight, epilogue, stats, _COLUMNS, by="library")
+    partials = kernels.new_partials(operand, head.whole, epilogue, stats, _COLUMNS, by="library")
     buffer = operand.new_empty(len(operand), _COLUMNS, dtype=head.accumulate_dtype)
     for first, last, weight in weight_slices(head, _COLUMNS):
         products = buffer[:, : last - first]
@@ -129,9 +129,9 @@ def group_gradients(
 
 
 def add_weight_gradient(
-    total: Total,  # (V, H)
+    total: Total,  # (V, columns)
     gradient: Tensor,  # (n, V)
-    rows: Tensor,  # (n, H)
+    rows: Tensor,  # (n, columns)
     inverse: Tensor | None,  # () of rows
 ) -> None:
     if inverse is None:
@@ -154,11 +154,11 @@ def forward_with_gradients(
     operand, epilogue, columns = hidden.to(head.compute_dtype), _epilogue(head), buffer.shape[1]
     grad = hidden.new_zeros(hidden.shape, dtype=head.accumulate_dtype)
     anchors = _target_logits(operand, targets, head)
-    partials = kernels.new_partials(operand, head.weight, epilogue, stats, columns)
+    partials = kernels.new_partials(operand, head.whole, epilogue, stats, columns)
     # float16 has no range for them.
     dtype = torch.bfloat16 if product_dtype(head).itemsize == 2 else product_dtype(head)
     for first in range(0, len(head.weight), columns):
-        weight = head.weight[first : first + columns].to(operand.dtype)
+        weight = head.whole[first : first + columns].to(operand.dtype)
         exponentials = buffer.view(dtype)[:, : len(weight)]
         of_columns = epilogue.sliced(first, first + len(weight))
         kernels.projection_anchored(
@@ -199,7 +199,7 @@ def recompute_backward(
     coef: Tensor,  # (n,)
     entropy: tuple[Tensor, Tensor] | None,  # entropies (n,) and their coefficients (n,)
     tile: tuple[int, int],
-    wants: tuple[bool, bool, bool],
+    wants: tuple[bool, ...],
 ) -> Grads:
     dtype, epilogue = gradient_dtype(head), _epilogue(head)
 

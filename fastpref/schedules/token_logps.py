@@ -28,6 +28,7 @@ class TokenLogps(torch.autograd.Function):
         hidden: Tensor,  # (M, H)
         weight: Tensor,  # (V, H)
         bias: Tensor | None,  # (V,)
+        frozen_scale: Tensor | None,  # (V,)
         targets: Tensor,  # (n,)
         index: Tensor | None,  # (n,) rows of hidden, None for all
         head: Head,  # scalars; its tensors are replaced by the arguments
@@ -43,7 +44,8 @@ class TokenLogps(torch.autograd.Function):
             else:
                 found = backend.forward(hidden, index, targets, head, plan.tile, stats)
         entropy = found.extra.get("entropy")
-        ctx.save_for_backward(hidden, weight, bias, targets, index, found.lse, entropy)
+        of_head = weight, bias, head.frozen_weight, frozen_scale
+        ctx.save_for_backward(hidden, *of_head, targets, index, found.lse, entropy)
         ctx.kept = kept
         ctx.settings = (head.logit_scale, head.softcap, head.temperature, head.compute_dtype)
         ctx.plan, ctx.backend, ctx.stats = plan, backend, stats
@@ -53,9 +55,9 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, coef: Tensor | None, *of_stats: Tensor | None) -> tuple:
-        hidden, weight, bias, targets, index, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, *of_frozen, targets, index, lse, entropy = ctx.saved_tensors
         of_entropy = dict(zip(ctx.stats, of_stats, strict=True)).get("entropy")
-        wants = tuple(ctx.needs_input_grad[:3])
+        wants = tuple(ctx.needs_input_grad[:4])
         if coef is None:
             coef = torch.zeros_like(lse)
         keeps = keeps_graph()
@@ -63,13 +65,13 @@ class TokenLogps(torch.autograd.Function):
         if not keeps:  # autograd lets go of saved tensors only
             ctx.kept = None
         if kept is not None and of_entropy is None:
-            return kept.times(coef, coef.new_ones(()), keeps=keeps), *[None] * 8
+            return kept.times(coef, coef.new_ones(()), keeps=keeps), *[None] * 9
         with no_autocast(hidden):
             found = recomputed_gradients(
                 hidden,
                 index,
                 targets,
-                Head(weight, bias, *ctx.settings),
+                Head(weight, bias, *ctx.settings, *of_frozen),
                 lse,
                 coef,
                 None if of_entropy is None else (entropy, of_entropy),
@@ -77,4 +79,4 @@ class TokenLogps(torch.autograd.Function):
                 wants,
                 ctx.backend,
             )
-        return found.hidden, found.weight, found.bias, *[None] * 6
+        return found.hidden, found.weight, found.bias, found.frozen_scale, *[None] * 6
