@@ -342,7 +342,11 @@ def _flop(problem: Problem, schedule: str, group_rows: int) -> int:
     again = 0
     if schedule == "pair_groups":  # prompts beyond the budget are projected twice
         again = sum(rows for rows in problem.prompt_rows if rows > group_rows)
-    return product * (1 + problem.hidden_grad) + of_head + 2 * again * problem.hidden_size * problem.vocabulary
+    return (
+        product * (1 + problem.hidden_grad)
+        + of_head
+        + 2 * again * problem.hidden_size * problem.vocabulary
+    )
 
 
 def _extra_bytes(problem: Problem, schedule: str, held: int, tile: tuple[int, int]) -> int:

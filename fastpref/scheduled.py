@@ -88,8 +88,8 @@ class Scheduled:
         divisor = len(rows.counts) // responses if reduction == "mean" else 1
         if plan.schedule == "pair_groups":
             loss, losses, logps, per_prompt, alignments, *extra = PairGroups.apply(
-                flat, weight, head.bias, head.frozen_scale, rows, prompts, objective, divisor, head, plan,
-                self.backend, of_rows,
+                flat, weight, head.bias, head.frozen_scale, rows, prompts, objective, divisor,
+                head, plan, self.backend, of_rows,
             )  # fmt: skip
         else:
             per_row, *extra = self._of_rows(flat, head, rows, plan, of_rows)
