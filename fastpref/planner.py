@@ -28,8 +28,8 @@ _ENOUGH_ROWS = 2048
 _TILE_SHARE = 8
 _MOST_TILE_BYTES = 64 * MIB
 _TILE_KERNEL_BYTES = 32 * MIB  # of an accelerator's own kernel: values of tiles, rows of a launch
-_FITTED_BYTES = 64 * MIB  # of the head, as an operand of the gradients' products
-_TILE_COLUMNS = 256  # of their tiles
+_FITTED_BYTES = 64 * MIB  # of the head's gradient, where its scale's is made of it
+_TILE_COLUMNS = 256  # of its tiles
 _JOINED_ROWS = 4096  # of a head whose first columns are frozen, on a CPU
 _MIN_TILE_COLUMNS = 512
 _MAX_TILE_COLUMNS = 8192
@@ -412,11 +412,11 @@ def _frozen_bytes(problem: Problem, tile: tuple[int, int], tile_bytes: int) -> i
 def _group_bytes(problem: Problem, held: int) -> int:
     """A group, kept rows, and the head's gradient: summed over groups, or written in the end."""
     wide, narrow = problem.element_bytes, problem.dtype.itemsize
-    of_rows = held * problem.hidden_size * (narrow + wide)
-    if problem.keeps_half:
-        of_rows += _FITTED_BYTES * problem.hidden_grad
+    # Operands; beside them what tiles leave, then the same operands once more, fitted; or, where no
+    # kernel keeps it as it comes, the gradient of the group's rows.
+    of_rows = held * problem.hidden_size * (narrow if problem.keeps_half else wide)
+    of_rows = held * problem.hidden_size * narrow + max(of_rows, _partial_bytes(problem, held))
     group = held * problem.row_bytes + workspace_bytes(problem, held, problem.vocabulary) + of_rows
-    group += _partial_bytes(problem, held)
     kept, laid_out = _kept_bytes(problem)
     head = problem.vocabulary * problem.trained_columns
     if held == problem.rows:

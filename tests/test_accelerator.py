@@ -140,7 +140,7 @@ LARGE = 8, 1024, 4096, 128256
 @pytest.mark.parametrize(
     ("schedule", "frozen", "most"),
     [
-        ("pair_groups", False, 3.51),
+        ("pair_groups", False, 2.37),
         ("frozen_head", True, 0.34),
         ("recompute", False, 1.6),
         ("recompute", True, 0.48),
@@ -187,7 +187,7 @@ def test_peak_of_a_reference(backend):
 
 def test_peaks_beside_trl():
     """Predicted shares of TRL's peak at that size, as the README gives them."""
-    for lora, schedule, share in ((False, "pair_groups", 0.91), (True, "frozen_head", 0.5)):
+    for lora, schedule, share in ((False, "pair_groups", 0.60), (True, "frozen_head", 0.5)):
         problem = problem_for(4096, 128256, pairs=8, length=1024, lora=lora)
         trl = {each.name: each.extra_bytes for each in estimates(problem)}["TRL 1.16"]
         assert make_plan(problem, pairs=True, schedule=schedule).extra_bytes <= share * trl

@@ -468,8 +468,202 @@ def test_totals_refuse_what_are_no_halves(monkeypatch):
     with pytest.raises(ValueError, match=r"shape \(2, 3\), got \(1, 3\)"):
         kernels.accumulate_(torch.zeros(2, 3).bfloat16(), low[:1], *given)
     monkeypatch.setenv("FASTPREF_WEIGHT_GRADIENT", "cublas")
-    with pytest.raises(ValueError, match="must be kernel or library, got 'cublas'"):
+    with pytest.raises(ValueError, match="must be 'kernel' or 'library', got 'cublas'"):
         configs.weight_gradient_by()
+
+
+# --- gradients of hidden states -----------------------------------------------------------------
+
+
+def make_hidden_problem(n, v, h, dtype, *, seed=0, size=1.0):
+    """Gradient, head and factors, and where rows of `2n + 1` are to be kept."""
+    gradient = (S / 8 * torch.randn(n, v, generator=draw(seed))).half()
+    weight = (size * torch.randn(v, h, generator=draw(seed + 1))).to(dtype)
+    factor = torch.randn(n, generator=draw(seed + 2)) / S
+    factor[1::4] = 0
+    index = torch.randperm(2 * n + 1, generator=draw(seed + 3))[:n]
+    return gradient, weight, factor, index
+
+
+def new_kept(n, h, dtype):
+    """Rows among which a gradient's will be, and room for remainders."""
+    high = torch.full((2 * n + 1, h), 3.0, dtype=torch.bfloat16 if dtype == "halves" else dtype)
+    low = torch.full((n + 1, h), 77, dtype=torch.int8)[:n] if dtype == "halves" else None
+    return embedded(high), low
+
+
+def fp16_of(weight, compute_dtype, bound):
+    """The operand as `fitted` makes it, exactly, and what its products are divided by."""
+    power = 1.0 if bound is None else power_of(bound.item())
+    return (weight.to(compute_dtype).double() * power).half(), power
+
+
+def check_hidden_gradient(
+    n,
+    v,
+    h,
+    *,
+    dtype=torch.bfloat16,
+    compute_dtype=torch.bfloat16,
+    kept="halves",
+    lay=embedded,
+    **how,
+):
+    gradient, weight, factor, index = make_hidden_problem(n, v, h, dtype, **how)
+    bound = None if compute_dtype == torch.float16 else weight.abs().max()
+    high, low = new_kept(n, h, kept)
+    kernels.hidden_gradient_(
+        lay(gradient), lay(weight), bound, factor, high, low, index, compute_dtype
+    )
+    operand, power = fp16_of(weight, compute_dtype, bound)
+    factors = factor.double()[:, None] / power
+    truth = factors * (gradient.double() @ operand.double())
+    magnitude = factors.abs() * (gradient.double().abs() @ operand.double().abs())
+    found, unit = value_of(high[index], low), UNITS[kept]
+    # V products summed in fp32, in any order, times two numbers, and rounded once.
+    of_sum = U32 * (v + 3) * magnitude
+    allowed = of_sum + unit * (truth.abs() + of_sum)
+    if kept == torch.float16:
+        allowed += TINY16
+    error = (found - truth).abs()
+    assert (error <= allowed).all(), (error - allowed).max()
+    assert (found[factor == 0] == 0).all()
+    others = torch.ones(2 * n + 1, dtype=torch.bool).index_fill(0, index, False)
+    assert (high[others] == 3).all() and (low is None or (low._base[n:] == 77).all())
+    assert high._base[:, h:].isnan().all()
+    # And the fitting itself: of the head as it is rounded for the forward.
+    exact = factor.double()[:, None] * (gradient.double() @ weight.to(compute_dtype).double())
+    assert found.numel() == 0 or (found - exact).norm() <= (U16 + unit) * exact.norm() + 1e-30
+
+
+HEADS = [
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.bfloat16),
+    (torch.float16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.float16),
+]
+
+
+@interpreted
+@pytest.mark.parametrize("kept", UNITS)
+@pytest.mark.parametrize(("dtype", "compute_dtype"), HEADS)
+def test_hidden_gradient(dtype, compute_dtype, kept, poison):
+    check_hidden_gradient(37, 131, 70, dtype=dtype, compute_dtype=compute_dtype, kept=kept)
+
+
+def described(tensor):
+    """Rows that begin at multiples of 16 bytes, as descriptors ask for, NaN between."""
+    apart = -tensor.shape[1] % 8 + 8
+    padded = torch.nn.functional.pad(tensor, (0, apart, 0, 3), value=math.nan)
+    return padded[: len(tensor), : tensor.shape[1]]
+
+
+# Blocks are 32 rows × 64 columns × 32 hidden, or 16 rows, bands 8 blocks of rows.
+@interpreted
+@pytest.mark.parametrize(
+    ("n", "v", "h"),
+    [(1, 1, 1), (15, 63, 31), (16, 64, 32), (33, 65, 33), (48, 5, 129), (300, 66, 40)],
+)
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_hidden_gradient_at_the_ends_of_blocks(n, v, h, descriptors, monkeypatch, poison):
+    from dataclasses import replace
+
+    from fastpref_kernels import hidden_gradient
+
+    used = []
+    kernel = hidden_gradient.hidden_gradient_kernel
+    spy = {
+        "__getitem__": lambda _, grid: (
+            lambda *a, **k: (used.append((grid, k)), kernel[grid](*a, **k))
+        )
+    }
+    monkeypatch.setattr(hidden_gradient, "hidden_gradient_kernel", type("Spy", (), spy)())
+    for name in ("_HIDDEN_GRADIENT_INTERPRETED", "_HIDDEN_GRADIENT_INTERPRETED_SMALL"):
+        config = replace(getattr(configs, name), descriptors=descriptors)
+        monkeypatch.setattr(configs, name, config)
+    lay = described if descriptors else embedded
+    dtype = torch.float32 if descriptors else torch.bfloat16  # NumPy describes no bfloat16
+    check_hidden_gradient(n, v, h, dtype=dtype, lay=lay)
+    check_hidden_gradient(n, v, h, dtype=torch.float16, compute_dtype=torch.float16, lay=lay)
+    # 3 processors: one large tile would leave two of them without work.
+    blocks = -(-n // 32) * -(-h // 32)
+    for grid, given in used:
+        assert given["HAS_DESCRIPTORS"] == descriptors
+        assert given["BLOCK_N"] == (16 if blocks < 2 else 32)
+        assert grid == (-(-n // given["BLOCK_N"]) * -(-h // 32),)
+    assert len(used) == 2
+
+
+@interpreted
+@pytest.mark.parametrize("size", [0.0, 1e-25, 3e-4, 1e25])
+def test_hidden_gradient_of_heads_of_any_size(size):
+    """Exponents of sums stay within fp32's, whatever the power of two."""
+    check_hidden_gradient(5, 70, 33, size=size, dtype=torch.bfloat16, kept=torch.float32)
+
+
+@interpreted
+def test_hidden_gradient_of_what_is_not_finite():
+    """What is NaN stays in its row, its column or, of a bound, nowhere."""
+    gradient, weight, factor, index = make_hidden_problem(5, 70, 33, torch.bfloat16)
+    bound = weight.abs().max()
+    gradient[0, 3] = math.nan
+    factor[2] = math.nan
+    gradient[3], factor[3] = 1.0, 0.0
+    weight[69, 32] = math.nan
+    high, low = new_kept(5, 33, "halves")
+    kernels.hidden_gradient_(gradient, weight, bound, factor, high, low, index, torch.bfloat16)
+    found = value_of(high[index], low)
+    assert found[[0, 2]].isnan().all() and found[:, 32].isnan().all()
+    assert found[[1, 3, 4], :32].isfinite().all() and (found[3, :32] == 0).all()
+    for unusable in (math.nan, math.inf, -1.0):
+        given = gradient, weight, torch.tensor(unusable), factor
+        kernels.hidden_gradient_(*given, high, low, index, torch.bfloat16)
+        assert value_of(high[index], low).isnan().all()
+
+
+@interpreted
+def test_hidden_gradient_of_no_rows():
+    gradient, weight, factor, index = make_hidden_problem(0, 70, 33, torch.bfloat16)
+    for dtype in UNITS:
+        high, low = new_kept(0, 33, dtype)
+        given = gradient, weight, torch.tensor(4.0), factor, high, low, index
+        kernels.hidden_gradient_(*given, torch.bfloat16)
+        assert (high == 3).all()
+
+
+@interpreted
+def test_hidden_gradient_refuses_what_contradicts_itself(monkeypatch):
+    gradient, weight, factor, index = make_hidden_problem(4, 70, 33, torch.bfloat16)
+    high, low = new_kept(4, 33, "halves")
+    one, half = torch.tensor(1.0), torch.bfloat16
+
+    def refuses(message, gradient=gradient, bound=one, factor=factor, low=low, dtype=half):
+        with pytest.raises(ValueError, match=message):
+            kernels.hidden_gradient_(gradient, weight, bound, factor, high, low, index, dtype)
+
+    refuses("float16, got torch.float32", gradient=gradient.float())
+    refuses("not to torch.float32", dtype=torch.float32)
+    refuses("torch.bfloat16 is fitted to float16: give the bound", bound=None)
+    refuses("have 4, 3 and 4 rows", factor=factor[:3])
+    refuses(r"shape \(4, 33\), got \(3, 33\)", low=low[:3])
+    assert (high == 3).all()
+    monkeypatch.setenv("FASTPREF_HIDDEN_GRADIENT", "cublas")
+    with pytest.raises(ValueError, match="must be 'kernel' or 'library', got 'cublas'"):
+        kernels.hidden_gradient_by()
+
+
+@pytest.mark.parametrize(("rows", "hidden_size", "small"), [(512, 2048, True), (2048, 4096, False)])
+def test_few_rows_get_small_tiles(rows, hidden_size, small, monkeypatch):
+    """32 large tiles would leave a hundred of 132 processors without one."""
+    from fastpref_kernels import hidden_gradient
+
+    monkeypatch.setattr(configs, "INTERPRETED", False)
+    monkeypatch.setattr(hidden_gradient, "architecture", lambda _: "sm_90")
+    monkeypatch.setattr(hidden_gradient, "_processors", lambda _: 132)
+    found = hidden_gradient._configuration(rows, hidden_size, torch.device("cpu"), True)
+    assert found == configs.hidden_gradient_config("sm_90", small=small)
+    assert (hidden_gradient._tiles(rows, hidden_size, found) >= 128) and found.descriptors
 
 
 # --- operands, and gradients of hidden states ---------------------------------------------------
@@ -647,10 +841,11 @@ def test_a_ragged_batch_compiles_nothing_new():
     if INTERPRETED:
         pytest.skip("only compiled kernels know what they specialise on")
     of_head = {"columns", "hidden_size", "stride", "gradient_stride", "hidden_stride"}
-    of_head |= {"high_stride", "out_stride"}  # of whole tensors: (·, H)
+    of_head |= {"high_stride", "out_stride", "weight_stride"}  # of whole tensors: (·, H)
     of_tensor = {"exponentials_ptr", "high_ptr", "low_ptr", "product_ptr", "grad_ptr"}
-    of_tensor |= {"out_ptr", "x_ptr", "wide_ptr", "inverse_ptr", "gradient", "hidden"}
+    of_tensor |= {"out_ptr", "x_ptr", "wide_ptr", "inverse_ptr", "gradient", "hidden", "weight"}
     names = {"gradients", "weight_gradient", "accumulate", "fitted", "keep", "take", "scale"}
+    names |= {"hidden_gradient"}
     seen = set()
     for case in kernels.compile_cases("sm_90"):
         name = case.kernel.__name__.removesuffix("_kernel")

@@ -686,6 +686,10 @@ def operator_arguments():
         "taken_": (
             high.clone(), high.flip(0), low[:6].clone(), index, coef, torch.tensor(0.7),
         ),
+        "hidden_gradient_": (
+            high.clone(), low[:6].clone(), index, products.half(), coef, weight,
+            torch.tensor(4.0), torch.bfloat16,
+        ),
     }  # fmt: skip
 
 
@@ -725,9 +729,11 @@ ROWS_APART = {
     ("keep_", "high"),
     ("take_", "high"),
     ("taken_", "out"),
+    ("hidden_gradient_", "high"),
 }
 # Offsets increase, and no row is written twice.
 NOT_ALIKE = {("weigh_pairs", 1), ("keep_", 3), ("take_", 2), ("taken_", 3)}
+NOT_ALIKE |= {("hidden_gradient_", 2)}
 
 
 def written_to(operator):

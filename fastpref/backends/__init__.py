@@ -8,9 +8,9 @@ on request).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple, Protocol, TypedDict
 
 import torch
@@ -56,6 +56,17 @@ class Head:
     def accumulate_dtype(self) -> torch.dtype:
         return accumulate_dtype(self.compute_dtype)
 
+    @functools.cached_property
+    def bound(self) -> Tensor:
+        """At least max |W| `()`, on its device; all of the weight is read once."""
+        found = largest(self.weight)
+        if self.frozen_weight is None:
+            return found
+        frozen = largest(self.frozen_weight).float()
+        if self.frozen_scale is not None:
+            frozen = frozen * largest(self.frozen_scale)
+        return torch.maximum(found, frozen)
+
     @property
     def frozen_columns(self) -> int:
         """F, 0 where all of the head may train."""
@@ -76,7 +87,7 @@ class Head:
             frozen = frozen * self.frozen_scale[which, None]
         return torch.cat([frozen.to(self.compute_dtype), trained], 1)
 
-    @cached_property
+    @functools.cached_property
     def whole(self) -> Tensor:
         """W `(V, H)`: `weight` itself, or a copy in compute_dtype, made once."""
         return self.weight if self.frozen_weight is None else self.rows(slice(None))
@@ -96,6 +107,13 @@ def compute_dtype(hidden: Tensor, *head: Tensor) -> torch.dtype:
 def accumulate_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 inputs, float32 for all others."""
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+def largest(x: Tensor) -> Tensor:
+    """max |x| `()`, on its device."""
+    if not x.numel():
+        return x.new_ones(())
+    return torch.linalg.vector_norm(x, torch.inf)
 
 
 @dataclass
@@ -152,6 +170,15 @@ class Total:
             if self.low is not None:
                 self.low.zero_()
         return self
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where rows of gradient are kept until their coefficients are known."""
+
+    high: Tensor  # (M, H)
+    low: Tensor | None  # (n, H) int8 remainder of what bfloat16 is too narrow for
+    index: Tensor  # (n,) rows of high
 
 
 @dataclass
@@ -272,6 +299,15 @@ class Backend(Protocol):
 
         ∂ℓ_t/∂(W h + b) is factor_t · gradient_t: no coefficient in either.
         """
+
+    def put_hidden_gradient(
+        self,
+        kept: Kept,  # rows of ∂ℓ_t/∂h_t, written
+        gradient: Tensor,  # (n, V)
+        factor: Tensor,  # (n,)
+        head: Head,
+    ) -> None:
+        """`kept = factor · gradient @ W`, rounded once."""
 
     def add_weight_gradient(
         self,

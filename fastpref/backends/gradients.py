@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fastpref.backends import Elementwise, Grads, Head, RowStats, Total
+from fastpref.backends import Elementwise, Grads, Head, Kept, RowStats, Total, largest
 from fastpref.backends.products import (
     add_product,
     as_operand,
@@ -42,24 +42,6 @@ def new_total(parameter: Tensor, head: Head, *, groups: int) -> Total:
     return Total(torch.empty_like(parameter, dtype=head.accumulate_dtype))
 
 
-def largest(x: Tensor) -> Tensor:
-    """max |x| `()`, on its device."""
-    if not x.numel():
-        return x.new_ones(())
-    return torch.linalg.vector_norm(x, torch.inf)
-
-
-def _largest_of_head(head: Head) -> Tensor:
-    """No element of W is larger."""
-    found = largest(head.weight)
-    if head.frozen_weight is None:
-        return found
-    frozen = largest(head.frozen_weight).to(torch.promote_types(found.dtype, torch.float32))
-    if head.frozen_scale is not None:
-        frozen = frozen * largest(head.frozen_scale)
-    return torch.maximum(found.to(frozen.dtype), frozen)
-
-
 def fitted_rows(
     by: Elementwise,
     operand: Tensor,  # (n, H)
@@ -75,32 +57,34 @@ def fitted_rows(
     return by.fitted(operand, bound, None, factor, factor_bound)
 
 
+def fits(head: Head) -> bool:
+    """Gradients' products take the head fitted to float16, and not as it is."""
+    return gradient_dtype(head) != product_dtype(head)
+
+
 class _HeadOperand:
     """The head as an operand of gradients' products, slice by slice, all fitted by one power."""
 
     def __init__(self, by: Elementwise, head: Head) -> None:
-        self.by, self.head = by, head
-        self.fits = gradient_dtype(head) != product_dtype(head)  # float16 is taken as it is
-        self.bound: Tensor | None = None
+        self.by, self.head, self.fits = by, head, fits(head)
         self.inverse: Tensor | None = None  # what products are multiplied by, None for 1
 
     def of(self, weight: Tensor) -> Tensor:
         """A slice, in the dtype of the gradients' products."""
         if not self.fits:
             return weight
-        if self.bound is None:
-            self.bound = _largest_of_head(self.head)
-        found, self.inverse = self.by.fitted(weight, self.bound)
+        found, self.inverse = self.by.fitted(weight, self.head.bound)
         return found
 
 
-def hidden_gradient(
+def put_hidden_gradient(
     by: Elementwise,
+    kept: Kept,
     gradient: Tensor,  # (n, V)
     factor: Tensor,  # (n,)
     head: Head,
-) -> Tensor:
-    """∂ℓ_t/∂h_t of every row `(n, H)`, in accumulate_dtype."""
+) -> None:
+    """∂ℓ_t/∂h_t of every row, slice after slice of the head if it is converted."""
     hidden_size = head.hidden_size
     operand = _HeadOperand(by, head)
     columns = max(1, _FITTED_BYTES // (2 * hidden_size)) if operand.fits else None
@@ -108,7 +92,15 @@ def hidden_gradient(
     for first, last, weight in weight_slices(head, columns):
         _add(total, gradient[:, first:last], operand.of(weight))
     inverse = operand.inverse
-    return total.high.mul_((factor if inverse is None else factor * inverse)[:, None])
+    keep(by, total.high.mul_((factor if inverse is None else factor * inverse)[:, None]), kept)
+
+
+def keep(by: Elementwise, wide: Tensor, kept: Kept) -> None:
+    """Rows of gradient `(n, H)`, in accumulate_dtype."""
+    if kept.low is None:
+        kept.high.index_copy_(0, kept.index, wide)
+    else:
+        by.keep_(wide, kept.high, kept.low, kept.index)
 
 
 def add_weight_gradient(

@@ -26,6 +26,7 @@ from fastpref.backends.products import (
 
 # Autograd differentiates the objective.
 weigh_pairs = None
+put_hidden_gradient = functools.partial(gradients.put_hidden_gradient, elementwise)
 add_weight_gradient = functools.partial(gradients.add_weight_gradient, elementwise)
 
 # Elements of a block of logits that elementwise passes work on: 2 MiB of float32 stay in L2.

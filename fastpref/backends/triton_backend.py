@@ -18,6 +18,7 @@ from torch import Tensor
 from fastpref.backends import (
     Grads,
     Head,
+    Kept,
     NamedRows,
     RowStats,
     Total,
@@ -102,7 +103,7 @@ def _library_statistics(
     out: Tensor | None = None,  # (n, V) exponentials
 ) -> kernels.Partials:
     epilogue = _epilogue(head)
-    partials = kernels.new_partials(operand, head.whole, epilogue, stats, _COLUMNS, by="library")
+    partials = kernels.new_partials(operand, head.weight, epilogue, stats, _COLUMNS, by="library")
     buffer = operand.new_empty(len(operand), _COLUMNS, dtype=head.accumulate_dtype)
     for first, last, weight in weight_slices(head, _COLUMNS):
         products = buffer[:, : last - first]
@@ -126,6 +127,20 @@ def group_gradients(
     kernels.gradients_(buffer, rows.kept, rows.block, targets, rows.logps, rows.lse, coef, slopes)
     slope = head.logit_scale / head.temperature
     return buffer, torch.full_like(rows.lse, slope / kernels.SCALE)
+
+
+def put_hidden_gradient(
+    kept: Kept,
+    gradient: Tensor,  # (n, V)
+    factor: Tensor,  # (n,)
+    head: Head,
+) -> None:
+    if gradient.dtype != torch.float16 or kernels.hidden_gradient_by() == "library":
+        gradients.put_hidden_gradient(elementwise, kept, gradient, factor, head)
+        return
+    bound = head.bound if gradients.fits(head) else None
+    rows = kept.high, kept.low, kept.index
+    kernels.hidden_gradient_(gradient, head.whole, bound, factor, *rows, head.compute_dtype)
 
 
 def add_weight_gradient(
@@ -154,11 +169,11 @@ def forward_with_gradients(
     operand, epilogue, columns = hidden.to(head.compute_dtype), _epilogue(head), buffer.shape[1]
     grad = hidden.new_zeros(hidden.shape, dtype=head.accumulate_dtype)
     anchors = _target_logits(operand, targets, head)
-    partials = kernels.new_partials(operand, head.whole, epilogue, stats, columns)
+    partials = kernels.new_partials(operand, head.weight, epilogue, stats, columns)
     # float16 has no range for them.
     dtype = torch.bfloat16 if product_dtype(head).itemsize == 2 else product_dtype(head)
     for first in range(0, len(head.weight), columns):
-        weight = head.whole[first : first + columns].to(operand.dtype)
+        weight = head.rows(slice(first, first + columns)).to(operand.dtype)
         exponentials = buffer.view(dtype)[:, : len(weight)]
         of_columns = epilogue.sliced(first, first + len(weight))
         kernels.projection_anchored(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastpref.backends import Backend, Head, RowStats
+from fastpref.backends.gradients import keep
 from fastpref.planner import Plan
 from fastpref.schedules.kept_rows import KeptRows
 
@@ -27,7 +28,7 @@ def rows_of_gradient(
         part, grad = backend.forward_with_gradients(
             rows, targets[a:b], head, buffer[: b - a], stats
         )
-        kept.put(a, grad)
+        keep(backend.elementwise, grad, kept[a:b])
         return part
 
     return RowStats.concatenate([of_group(a, b) for a, b in plan.groups]), kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpref.backends import Elementwise, Head
+from fastpref.backends import Elementwise, Head, Kept
 from fastpref.schedules.autograd import ROWS_AT_ONCE
 
 
@@ -24,12 +24,14 @@ class KeptRows:
         self.index = torch.arange(rows, device=hidden.device) if index is None else index
         # Laid out at the end only.
         self.compact = hidden.dtype not in (torch.bfloat16, head.accumulate_dtype)
+        self.places = self.index  # in high
         self.low: Tensor | None = None
         # On a CPU rows without a coefficient are never put; others may lie between the scored.
         fills = torch.zeros_like
         if hidden.device.type != "cpu" and rows == len(hidden):
             fills = torch.empty_like
         if self.compact:
+            self.places = torch.arange(rows, device=hidden.device)
             shape = rows, hidden.shape[1]
             self.high = hidden.new_zeros(shape, dtype=head.accumulate_dtype)
         else:
@@ -38,17 +40,10 @@ class KeptRows:
                 low = hidden.new_empty(rows, hidden.shape[1], dtype=torch.int8)  # (n, H)
                 self.low = low.zero_() if hidden.device.type == "cpu" else low
 
-    def put(self, first: int, grad: Tensor) -> None:
-        """Keeps the rows `grad (m, H)` from row `first` on."""
-        last = first + len(grad)
-        if self.compact:
-            self.high[first:last] = grad
-            return
-        index = self.index[first:last]
-        if self.low is None:
-            self.high.index_copy_(0, index, grad)
-        else:
-            self.by.keep_(grad, self.high, self.low[first:last], index)
+    def __getitem__(self, rows: slice) -> Kept:
+        """Room for some of the rows."""
+        low = None if self.low is None else self.low[rows]
+        return Kept(self.high, low, self.places[rows])
 
     def times(self, coef: Tensor, upstream: Tensor, *, keeps: bool = False) -> Tensor:
         """`coef · upstream · ∂ℓ/∂h` in hidden's layout and dtype; in place unless it is kept."""

@@ -20,12 +20,7 @@ from fastpref.backends import (
     Weighed,
     concatenated,
 )
-from fastpref.backends.gradients import (
-    add_scale_gradient,
-    fitted_rows,
-    hidden_gradient,
-    new_total,
-)
+from fastpref.backends.gradients import add_scale_gradient, fitted_rows, new_total
 from fastpref.backends.products import as_operand
 from fastpref.objectives import Objective
 from fastpref.planner import Plan, even_ranges
@@ -130,8 +125,8 @@ class _Gradients:
     def add(self, start: int, live: _Live, factor: Tensor) -> None:
         """Of the rows from `start` on; `factor` is without coefficients."""
         if self.kept is not None:
-            by = self.backend.elementwise
-            self.kept.put(start, hidden_gradient(by, live.gradient, factor, self.head))
+            kept = self.kept[start : start + len(factor)]
+            self.backend.put_hidden_gradient(kept, live.gradient, factor, self.head)
         if self.defers:
             self.live.append(live)
         else:
@@ -161,13 +156,15 @@ class _Gradients:
     def _add_to_head(self, live: _Live, groups: int) -> None:
         """To be one of so many."""
         gradient, operand, factor = live
+        wide = self.head.accumulate_dtype
         for i, parameter in enumerate(self.parameters):
             if parameter is None:
                 continue
             total = self.totals[i]
             if total is None:
                 slot = parameter if i == 0 else parameter[:, None]
-                total = self.totals[i] = new_total(slot, self.head, groups=groups)
+                total = new_total(slot.to(wide) if i == 2 else slot, self.head, groups=groups)
+                self.totals[i] = total
             rows, inverse = fitted_rows(self.backend.elementwise, self._rows_of(i, operand), factor)
             if i == 2:
                 add_scale_gradient(total, gradient, rows, inverse, self.head)
@@ -226,12 +223,18 @@ class _Groups:
         weighed = prompts.weigh(objective, self.backend, group, first, last, divisor)
         self.weighed.append(weighed)
         self.gradients.coefs.append(weighed.coef)
-        for (a, b), part in zip(pieces, parts, strict=True):
+        for a, b in pieces:
+            part = parts.pop(0)
             if len(pieces) > 1:  # a prompt beyond the budget: its buffer has been overwritten
                 operand, part = self._project(a, b)
             of_piece = weighed.coef[a - start : b - start]
-            for i, j in _live_ranges(of_piece):
-                self._backward(a + i, operand[i:j], i, part[i:j], of_piece[i:j])
+            found = [
+                self._live(a + i, operand[i:j], i, part[i:j], of_piece[i:j])
+                for i, j in _live_ranges(of_piece)
+            ]
+            del part  # what it keeps has been used, and more is about to be allocated
+            for of_range in found:
+                self.gradients.add(*of_range)
 
     def _project(self, a: int, b: int) -> tuple[Tensor, RowStats]:
         operand = as_operand(self.hidden.index_select(0, self.rows.index[a:b]), self.head)
@@ -239,13 +242,16 @@ class _Groups:
         part = self.backend.group_forward(operand, targets, self.head, buffer, self.stats)
         return operand, part
 
-    def _backward(self, start: int, operand: Tensor, i: int, part: RowStats, coef: Tensor) -> None:
+    def _live(
+        self, start: int, operand: Tensor, i: int, part: RowStats, coef: Tensor
+    ) -> tuple[int, _Live, Tensor]:
+        """Arguments of `_Gradients.add`."""
         targets = self.rows.targets[start : start + len(coef)]
         buffer = self.buffer[i : i + len(coef)]
         gradient, factor = self.backend.group_gradients(
             operand, targets, self.head, buffer, part, coef
         )
-        self.gradients.add(start, _Live(gradient, operand, factor * coef), factor)
+        return start, _Live(gradient, operand, factor * coef), factor
 
 
 def _joined(parts: list[NamedRows | None]) -> NamedRows | None:

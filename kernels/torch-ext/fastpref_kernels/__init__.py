@@ -10,13 +10,14 @@ __all__ = ["HAS_TRITON", "unavailable_reason"]
 
 if HAS_TRITON:
     from .cases import CompileCase, compile_cases
-    from .configs import Epilogue, exponentials_by, forward_by
+    from .configs import Epilogue, exponentials_by, forward_by, hidden_gradient_by
     from .ops import (
         OPERATORS,
         accumulate_,
         add_weight_gradient_,
         fitted,
         gradients_,
+        hidden_gradient_,
         keep_,
         merge_statistics,
         new_partials,
@@ -48,6 +49,8 @@ if HAS_TRITON:
         "fitted",
         "forward_by",
         "gradients_",
+        "hidden_gradient_",
+        "hidden_gradient_by",
         "keep_",
         "merge_statistics",
         "new_partials",

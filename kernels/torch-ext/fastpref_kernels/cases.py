@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton.language as tl
 
 from .configs import (
     ProjectionConfig,
+    hidden_gradient_config,
     operands_config,
     projection_config,
     rows_config,
@@ -18,6 +20,8 @@ from .configs import (
 )
 from .forward import BAND, projection_kernel
 from .gradients import gradients_kernel
+from .hidden_gradient import BAND as BAND_N
+from .hidden_gradient import hidden_gradient_kernel
 from .operands import fitted_kernel, keep_kernel, take_kernel
 from .pairs import BLOCK_TOKENS, LINKS, pair_weighting_kernel
 from .partials import MERGE_N, MERGE_T, merge_kernel
@@ -94,6 +98,11 @@ def compile_cases(architecture: str) -> list[CompileCase]:
         _weight_gradient(architecture, add=True),
         _weight_gradient(architecture, add=False),
         _weight_gradient(architecture, add=False, dtype=torch.float32),
+        _hidden_gradient(architecture, half),
+        _hidden_gradient(architecture, half, small=True),
+        _hidden_gradient(architecture, half, split=False),
+        _hidden_gradient(architecture, torch.float32),
+        _hidden_gradient(architecture, torch.float16, split=False),
         _accumulate(),
         _fitted(rows=True),
         _fitted(rows=False),
@@ -105,6 +114,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
         # Where rows or weight are not 16-byte aligned.
         cases.insert(3, _projection(architecture, half, rich=True, softcap=True, describable=False))
         cases.append(_weight_gradient(architecture, add=True, describable=False))
+        cases.append(_hidden_gradient(architecture, half, describable=False))
     return cases
 
 
@@ -295,6 +305,51 @@ def _weight_gradient(
         | _absent("low_ptr", unless=split)
         | _blocks(config),
         aligned=("columns", "hidden_size", "gradient_stride", "hidden_stride"),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        multiplies=True,
+    )
+
+
+def _hidden_gradient(
+    architecture: str,
+    dtype: torch.dtype,  # of the weight
+    *,
+    split: bool = True,
+    small: bool = False,
+    describable: bool = True,
+) -> CompileCase:
+    config = hidden_gradient_config(architecture, small=small, describable=describable)
+    name, fits = _NAMES[dtype], dtype != torch.float16
+    types = _types(
+        hidden_gradient_kernel,
+        high_ptr="*bf16" if split else "*fp32",
+        low_ptr="*i8",
+        index_ptr="*i64",
+        gradient="*fp16",
+        weight=f"*{name}",
+    )
+    if config.descriptors:
+        types["gradient"] = f"tensordesc<fp16[{config.block_n},{config.block_v}]>"
+        types["weight"] = f"tensordesc<{name}[{config.block_v},{config.block_h}]>"
+    return _case(
+        hidden_gradient_kernel,
+        ", ".join(
+            [f"halves of {name}" if split else f"fp32 of {name}"]
+            + ["small"] * small
+            + ["pointers"] * (not config.descriptors)
+        ),
+        types,
+        {
+            "DTYPE": tl.bfloat16 if fits else tl.float16,
+            "HAS_DESCRIPTORS": config.descriptors,
+            "UPCAST": False,
+            "BAND": BAND_N,
+        }
+        | _absent("low_ptr", unless=split)
+        | _absent("bound_ptr", unless=fits)
+        | _blocks(config),
+        aligned=("columns", "hidden_size", "high_stride", "gradient_stride", "weight_stride"),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         multiplies=True,

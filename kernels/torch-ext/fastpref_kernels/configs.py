@@ -8,6 +8,8 @@ environment variable tries one without changing it:
     FASTPREF_ROWS=1,4096,8                 BLOCK_N,BLOCK_V,warps
     FASTPREF_WEIGHT_GRADIENT=library       or kernel: who multiplies for the head's gradient
     FASTPREF_WEIGHT_TILES=64,128,256,8,3   BLOCK_N,BLOCK_V,BLOCK_H,warps,stages
+    FASTPREF_HIDDEN_GRADIENT=library       or kernel: who multiplies for that of hidden states
+    FASTPREF_HIDDEN_TILES=256,64,128,8,4   BLOCK_N,BLOCK_V,BLOCK_H,warps,stages
     FASTPREF_FORWARD=library               who multiplies where statistics are all that is wanted
     FASTPREF_EXPONENTIALS=library          and where exponentials are stored
 """
@@ -132,6 +134,34 @@ _WEIGHT_GRADIENT_POINTERS = {
 }
 _WEIGHT_GRADIENT_INTERPRETED = ProjectionConfig(16, 32, 64, 1, 1)
 
+# Gradients of hidden states: likewise.
+HIDDEN_GRADIENT_BY = "kernel"
+# Half precision, the sum is over the vocabulary: BLOCK_V is the depth of a step.
+_HIDDEN_GRADIENT = {
+    "gfx942": ProjectionConfig(128, 64, 128, 8, 2),
+    "sm_80": ProjectionConfig(128, 64, 128, 8, 3),
+    "sm_86": ProjectionConfig(128, 32, 128, 8, 3),
+    # 64 rows of hidden a warp group, each of which is converted once; 48 KiB a stage.
+    "sm_90": ProjectionConfig(256, 64, 128, 8, 4, descriptors=True),
+    # What is converted passes through shared memory once more: of a float32 head 80 KiB a stage.
+    "sm_100": ProjectionConfig(256, 64, 128, 8, 3, descriptors=True),
+}
+# A quarter of the tile, or half of it, for half of the warps.
+_HIDDEN_GRADIENT_SMALL = {
+    "gfx942": ProjectionConfig(64, 64, 64, 4, 2),
+    "sm_80": ProjectionConfig(64, 64, 64, 4, 3),
+    "sm_86": ProjectionConfig(64, 32, 64, 4, 3),
+    "sm_90": ProjectionConfig(128, 64, 64, 4, 4, descriptors=True),
+    "sm_100": ProjectionConfig(128, 64, 64, 4, 4, descriptors=True),
+}
+# Pointer loads, and what is converted through shared memory.
+_HIDDEN_GRADIENT_POINTERS = {
+    "sm_90": ProjectionConfig(128, 64, 128, 8, 4),
+    "sm_100": ProjectionConfig(128, 64, 128, 8, 4),
+}
+_HIDDEN_GRADIENT_INTERPRETED = ProjectionConfig(32, 64, 32, 1, 1)
+_HIDDEN_GRADIENT_INTERPRETED_SMALL = ProjectionConfig(16, 64, 32, 1, 1)
+
 # Operands: several rows a program, for H is at most a few thousand.
 _OPERANDS = RowsConfig(4, 1024, 8)
 
@@ -177,11 +207,7 @@ def projection_config(
             found = _PROJECTION_SMALL.get(name, found)
         if softcap and rich:
             found = _PROJECTION_SMALLEST.get(name, found)
-    asked = os.environ.get("FASTPREF_PROJECTION")
-    if asked:
-        n, v, h, warps, stages = map(int, asked.split(","))
-        found = ProjectionConfig(n, v, h, warps, stages, found.descriptors)
-    return replace(found, descriptors=found.descriptors and describable)
+    return _or_asked("FASTPREF_PROJECTION", found, describable)
 
 
 # Who multiplies where either may: "tiles" is the projection kernel, "library" the library, whose
@@ -192,18 +218,18 @@ EXPONENTIALS_BY = "tiles"
 
 def forward_by() -> str:
     """Who multiplies where statistics are all that is wanted."""
-    return _multiplier("FASTPREF_FORWARD", FORWARD_BY)
+    return _multiplier("FASTPREF_FORWARD", FORWARD_BY, "tiles")
 
 
 def exponentials_by() -> str:
     """Who multiplies where exponentials are stored."""
-    return _multiplier("FASTPREF_EXPONENTIALS", EXPONENTIALS_BY)
+    return _multiplier("FASTPREF_EXPONENTIALS", EXPONENTIALS_BY, "tiles")
 
 
-def _multiplier(variable: str, default: str) -> str:
+def _multiplier(variable: str, default: str, own: str) -> str:
     found = os.environ.get(variable) or default
-    if found not in ("tiles", "library"):
-        raise ValueError(f"{variable} must be 'tiles' or 'library', got {found!r}")
+    if found not in (own, "library"):
+        raise ValueError(f"{variable} must be {own!r} or 'library', got {found!r}")
     return found
 
 
@@ -217,10 +243,7 @@ def rows_config() -> RowsConfig:
 
 def weight_gradient_by() -> str:
     """Who multiplies for the head's gradient: "kernel" or "library"."""
-    asked = os.environ.get("FASTPREF_WEIGHT_GRADIENT", WEIGHT_GRADIENT_BY)
-    if asked not in ("kernel", "library"):
-        raise ValueError(f"FASTPREF_WEIGHT_GRADIENT must be kernel or library, got {asked!r}")
-    return asked
+    return _multiplier("FASTPREF_WEIGHT_GRADIENT", WEIGHT_GRADIENT_BY, "kernel")
 
 
 def weight_gradient_config(name: str, *, describable: bool = True) -> ProjectionConfig:
@@ -232,7 +255,34 @@ def weight_gradient_config(name: str, *, describable: bool = True) -> Projection
         found = _WEIGHT_GRADIENT[name]
         if found.descriptors and not describable:
             found = _WEIGHT_GRADIENT_POINTERS[name]
-    asked = os.environ.get("FASTPREF_WEIGHT_TILES")
+    return _or_asked("FASTPREF_WEIGHT_TILES", found, describable)
+
+
+def hidden_gradient_by() -> str:
+    """Who multiplies for gradients of hidden states: "kernel" or "library"."""
+    return _multiplier("FASTPREF_HIDDEN_GRADIENT", HIDDEN_GRADIENT_BY, "kernel")
+
+
+def hidden_gradient_config(
+    name: str, *, small: bool = False, describable: bool = True
+) -> ProjectionConfig:
+    """Of an architecture by its name, as `projection_config`.
+
+    Args:
+        small: of tiles for few rows.
+    """
+    if INTERPRETED:
+        found = _HIDDEN_GRADIENT_INTERPRETED_SMALL if small else _HIDDEN_GRADIENT_INTERPRETED
+    else:
+        name = _nearest(name)
+        found = (_HIDDEN_GRADIENT_SMALL if small else _HIDDEN_GRADIENT)[name]
+        if found.descriptors and not describable:
+            found = _HIDDEN_GRADIENT_POINTERS[name]
+    return _or_asked("FASTPREF_HIDDEN_TILES", found, describable)
+
+
+def _or_asked(variable: str, found: ProjectionConfig, describable: bool) -> ProjectionConfig:
+    asked = os.environ.get(variable)
     if asked:
         n, v, h, warps, stages = map(int, asked.split(","))
         found = ProjectionConfig(n, v, h, warps, stages, found.descriptors)

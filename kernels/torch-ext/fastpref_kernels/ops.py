@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import forward, gradients, operands, pairs, partials, rows, scale, weight_gradient
+from . import (
+    forward,
+    gradients,
+    hidden_gradient,
+    operands,
+    pairs,
+    partials,
+    rows,
+    scale,
+    weight_gradient,
+)
 from .configs import Epilogue, device_of, rows_config
 from .pairs import Formula
 from .partials import Partials
@@ -521,6 +531,37 @@ taken_op = _operator(
     operands.taken_, lambda *args: None, matrices=("out", "high"), mutates=("out",)
 )
 
+
+def hidden_gradient_(
+    gradient: Tensor,  # (n, V) fp16, of rows that may lie apart
+    weight: Tensor,  # (V, H) bf16, fp16 or fp32
+    bound: Tensor | None,  # () at least max|weight|; None for an fp16 weight as it is
+    factor: Tensor,  # (n,)
+    high: Tensor,  # (M, H) bf16 if there is a low, else bf16, fp16 or fp32
+    low: Tensor | None,  # (n, H) int8, written
+    index: Tensor,  # (n,) int64, rows of high that are written, no two alike
+    dtype: torch.dtype,  # bf16 or fp16, that weight is rounded to first
+) -> None:
+    """`high[index] (+ low) = factor · gradient @ weight`, in one launch, without a copy of weight.
+
+    The weight becomes fp16 as by `fitted`, by the power of two of its bound, while it is read; a
+    bound that is NaN, infinite or negative makes everything NaN. Sums are fp32, and kept as by
+    `keep_`, or rounded once to high's dtype without a `low`.
+
+    Raises:
+        ValueError: a gradient that is not float16, another `dtype`, bfloat16 without a bound, rows
+            that differ in number, or halves that are not bf16 and int8 of one shape.
+    """
+    hidden_gradient_op(high, low, index, gradient, factor, weight, bound, dtype)
+
+
+hidden_gradient_op = _operator(
+    hidden_gradient.hidden_gradient_,
+    lambda *args: None,
+    matrices=("high", "gradient", "weight"),
+    mutates=("high", "low"),
+)
+
 OPERATORS = (
     projection_op,
     projection_exponentials_op,
@@ -538,6 +579,7 @@ OPERATORS = (
     keep_op,
     take_op,
     taken_op,
+    hidden_gradient_op,
 )
 
 

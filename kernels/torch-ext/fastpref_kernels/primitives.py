@@ -241,7 +241,7 @@ def widened(x):
 @triton.jit
 def one_minus_exp(x):
     """1 − e^x, to the last bits where e^x is nearly 1 as well."""
-    half = tanh(0.5 * x)
+    half, _ = tanh(0.5 * x)
     return -2.0 * half / (1.0 - half)
 
 
