@@ -28,7 +28,7 @@ _ENOUGH_ROWS = 2048
 _TILE_SHARE = 8
 _MOST_TILE_BYTES = 64 * MIB
 _TILE_KERNEL_BYTES = 32 * MIB  # of an accelerator's own kernel: values of tiles, rows of a launch
-_FITTED_BYTES = 64 * MIB  # of the head's gradient, where its scale's is made of it
+_SCALE_BYTES = 64 * MIB  # of the head's gradient and the head, where its scale's is made of them
 _TILE_COLUMNS = 256  # of its tiles
 _JOINED_ROWS = 4096  # of a head whose first columns are frozen, on a CPU
 _MIN_TILE_COLUMNS = 512
@@ -360,7 +360,7 @@ def _joined_bytes(problem: Problem) -> int:
     """
     if problem.head_columns is None:
         return 0
-    scale = _FITTED_BYTES * problem.scales
+    scale = _SCALE_BYTES * problem.scales
     if problem.device != "cpu":
         return scale + problem.vocabulary * problem.hidden_size * problem.dtype.itemsize
     rows = min(problem.vocabulary, _JOINED_ROWS)

@@ -6,7 +6,12 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, TrainableTokensConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import FusedCausalLMOutput
 from trl_runs import OURS, STOCK, TINY, compare_runs, make_trainer, trained
@@ -373,3 +378,33 @@ def test_a_run_is_that_of_logits(name, options, tiny_llama, pairs, tmp_path, mon
     compare_runs(*runs, relative=2e-4)
     assert any("lm_head" in parameter or "tokens" in parameter for parameter in runs[0][1])
     assert runs[0][0][1]["rewards/margins"] != 0
+
+
+def in_4_bits(directory, dtype):
+    pytest.importorskip("bitsandbytes")
+    model = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=dtype,
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype),
+    )
+    assert not model.model.layers[0].self_attn.q_proj.weight.is_floating_point()
+    assert model.lm_head.weight.dtype == dtype
+    return model
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["trunk", "head"])
+def test_a_trunk_in_4_bits(targets, tiny_llama, pairs, tmp_path):
+    """QLoRA, with and without an adapter of the head's own."""
+    config = on_head(target_modules=targets)
+    model = stirred(get_peft_model(in_4_bits(tiny_llama, torch.float32), config)).train()
+    expected = by_logits(model)
+    add_loss_head(model)
+    assert_alike(by_head(model), expected, 1e-5)
+    model = in_4_bits(tiny_llama, torch.bfloat16)
+    trainer = make_trainer(
+        OURS, tiny_llama, pairs, tmp_path, model=model, peft_config=config, optim="sgd"
+    )
+    logs, state = trained(trainer)
+    assert logs[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert logs[1]["rewards/margins"] != 0
+    assert any("lm_head" in name for name in state) == ("lm_head" in targets)

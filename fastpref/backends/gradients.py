@@ -135,7 +135,7 @@ def add_scale_gradient(
 ) -> None:
     """`total (+)= inverse · Σ_f (gradientᵀ @ rows) ∘ frozen_weight`, slice after slice."""
     wide = torch.promote_types(torch.float32, gradient.dtype)
-    step = max(1, _FITTED_BYTES // (wide.itemsize * rows.shape[1]))
+    step = max(1, _FITTED_BYTES // (2 * wide.itemsize * rows.shape[1]))  # and the weight beside it
     for first in range(0, len(total.high), step):
         part = slice(first, first + step)
         product = rows.new_empty(gradient[:, part].shape[1], rows.shape[1], dtype=wide)

@@ -51,13 +51,19 @@ def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
     says how the padded `input_ids` become one row: `hidden` is that row's `(1, T, H)`, and the
     log-probabilities are those of the padded batch. Any other call is the model's own.
 
+    LoRA, rsLoRA and DoRA on the head, and tokens of it that train, count as in its own forward:
+    `hidden` has further columns then, `weight` is what trains of the head, and `loss_head` is given
+    `frozen_weight` and, of DoRA, `frozen_scale` too, all as `preference_loss` takes them.
+
     The scalars come from `head_scalars` and are compared, once, with what the model's own forward
     makes of two tokens, at the cost of two such forwards. Where a vision model leaves out those of
     its text config, so do we.
 
     Raises:
         ValueError: the model's logits are not its last hidden state times its head, scaled and
-            capped. Where the two tokens could not be run, a warning is logged instead.
+            capped; the head is quantised, or an adapter on it is of another kind, is DoRA with
+            dropout, or comes with ZeRO-3 or a head that trains too. Where the two tokens could not
+            be run, a warning is logged instead.
     """
     wrapper: Any = model
     inner: Any = wrapper.get_base_model() if isinstance(wrapper, PeftModel) else wrapper
