@@ -6,9 +6,11 @@ backend, or the definition itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, Unpack, overload
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict, TypeVar, Unpack, cast, overload
 
+import torch
 from torch import Tensor
 
 from fastpref import reference
@@ -18,13 +20,33 @@ from fastpref.objectives import Objective
 from fastpref.output import PreferenceOutput
 from fastpref.planner import check_schedule
 from fastpref.scheduled import Scheduled
-from fastpref.validation import check_head, check_objective, check_sequences
+from fastpref.validation import (
+    check_capturable,
+    check_head,
+    check_objective,
+    check_sequences,
+    check_weight_grad,
+)
 
 # Statistics of tokens that have a mean to report.
 _AVERAGED = ("entropy", "mean_logits", "is_top1")
 _BYTES = Domain(above=0, whole=True)
+_UNCOMPILED = (
+    "fastpref runs as it is, beside the graphs of torch.compile: in one its products would run at "
+    "another precision and hold more memory. Compile with fullgraph=False, or the model alone; "
+    "capturable=True goes into CUDA graphs without it"
+)
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
+def _eager(function: _F) -> _F:
+    """Keeps torch.compile out, which says why where it must not be."""
+    has_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # torch ≥ 2.7
+    how = {"reason": _UNCOMPILED} if has_reason else {}
+    return cast(_F, torch.compiler.disable(function, **how))
+
+
+@_eager
 def preference_loss(
     hidden: Tensor,  # (K·B, T, H), or (total, H) with cu_seqlens
     weight: Tensor,  # (V, H)
@@ -50,6 +72,9 @@ def preference_loss(
     backend: str = "auto",
     schedule: str = "auto",
     logits_budget: int | None = None,
+    capturable: bool = False,
+    weight_grad: Tensor | None = None,  # (V, H)
+    weight_grad_scale: float = 1.0,
     stats: Sequence[str] = (),
 ) -> PreferenceOutput:
     """Preference loss of a batch of pairs straight from hidden states; logits are never held.
@@ -101,6 +126,19 @@ def preference_loss(
             alone waits for the others. Give a number where some ranks have no loss (pipelines), in
             a CUDA graph with no step before it, and to repeat a run bit by bit on a device that
             others use too.
+        capturable: nothing of the batch is read on the host, copied from it or waited for: for CUDA
+            graphs. All K·B·T positions are projected then, scored or not. Every tensor is on
+            hidden's device, the batch padded, and each response has a scored token; which of them
+            are scored may change from replay to replay. A graph keeps the objective's numbers and
+            the budget that it was captured with; see `logits_budget`.
+        weight_grad: buffer `(V, H)` to which weight's gradient is added, in weight's dtype or fp32:
+            `weight.grad`, or a `main_grad` of the optimizer's. Autograd gives weight no gradient
+            then, so that its hooks do not fire, and no tensor of that size is made: of several
+            groups of prompts into bf16 an int8 remainder, so that the step is rounded once. With
+            several groups the forward adds already: a loss without a backward leaves its gradient
+            there. Not with reduction="none". Without gradients nothing is added.
+        weight_grad_scale: the upstream gradient that the loss will get, such as 1 / accumulation
+            steps, times a loss scale if there is one; the backward checks it in every schedule.
         stats: any of "entropy", "mean_logits", "is_top1", to be averaged into `metrics`.
 
     On an accelerator half-precision operands are multiplied as they are: gradients from bf16 are
@@ -132,6 +170,9 @@ def preference_loss(
     prompts = check_sequences(
         hidden, targets, cu_seqlens, token_weights, responses=responses, divides=weighted_lengths
     )
+    if capturable:
+        check_capturable(hidden, targets, cu_seqlens, token_weights)
+    check_weight_grad(weight, weight_grad, weight_grad_scale, reduction)
     objective = check_objective(
         objective,
         prompts,
@@ -144,7 +185,8 @@ def preference_loss(
         extras=extras,
         reduction=reduction,
     )
-    return _computing(backend, hidden, schedule, logits_budget).preference_loss(
+    into = weight_grad, weight_grad_scale
+    return _computing(backend, hidden, schedule, logits_budget, capturable, *into).preference_loss(
         hidden,
         weight,
         targets,
@@ -164,6 +206,7 @@ def preference_loss(
     )
 
 
+@_eager
 def sequence_logps(
     hidden: Tensor,  # (S, T, H), or (total, H) with cu_seqlens
     weight: Tensor,  # (V, H)
@@ -180,6 +223,7 @@ def sequence_logps(
     backend: str = "auto",
     schedule: str = "auto",
     logits_budget: int | None = None,
+    capturable: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of whole responses: what a reference model is asked for, or any loss.
 
@@ -207,7 +251,9 @@ def sequence_logps(
     )
     check_head(hidden, weight, targets, **head)
     check_sequences(hidden, targets, cu_seqlens, token_weights)
-    return _computing(backend, hidden, schedule, logits_budget).sequence_logps(
+    if capturable:
+        check_capturable(hidden, targets, cu_seqlens, token_weights)
+    return _computing(backend, hidden, schedule, logits_budget, capturable).sequence_logps(
         hidden, weight, targets, cu_seqlens=cu_seqlens, token_weights=token_weights, **head
     )
 
@@ -224,6 +270,7 @@ class _Options(TypedDict, total=False):
     backend: str
     schedule: str
     logits_budget: int | None
+    capturable: bool
 
 
 # An empty tuple is a sequence too: the first that fits is meant.
@@ -245,6 +292,7 @@ def linear_logps(
     stats: Sequence[str],
     **options: Unpack[_Options],
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
+@_eager
 def linear_logps(
     hidden: Tensor,  # (N, H), or any leading shape
     weight: Tensor,  # (V, H)
@@ -259,6 +307,7 @@ def linear_logps(
     backend: str = "auto",
     schedule: str = "auto",
     logits_budget: int | None = None,
+    capturable: bool = False,
     stats: Sequence[str] = (),
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Log-probability of each target, differentiable with any upstream gradient.
@@ -269,6 +318,8 @@ def linear_logps(
     Args:
         stats: any of "entropy" (nats), "mean_logits", "is_top1" (bool) and "log_sum_sq_probs"
             (log Σ p²), to be returned for each token.
+
+        capturable: as in `preference_loss`; at least one target is scored.
 
     Returns:
         Log-probabilities in targets' shape, nats, fp32, 0 where the target is -100; with `stats`
@@ -284,7 +335,9 @@ def linear_logps(
     )
     stats = _names(stats)
     check_head(hidden, weight, targets, **head, stats=stats, known_stats=TOKEN_STATS)
-    found = _computing(backend, hidden, schedule, logits_budget).token_statistics(
+    if capturable:
+        check_capturable(hidden, targets.flatten()[None], None, None)
+    found = _computing(backend, hidden, schedule, logits_budget, capturable).token_statistics(
         hidden.flatten(0, -2), weight, targets.flatten(), stats=stats, **head
     )
     found = {name: value.view(targets.shape) for name, value in found.items()}
@@ -292,15 +345,27 @@ def linear_logps(
     return (logps, found) if stats else logps
 
 
-def _computing(backend: str, hidden: Tensor, schedule: str, logits_budget: int | None) -> Any:
+def _computing(
+    backend: str,
+    hidden: Tensor,
+    schedule: str,
+    logits_budget: int | None,
+    capturable: bool,
+    weight_grad: Tensor | None = None,
+    weight_grad_scale: float = 1.0,
+) -> Any:
     """What has the three functions: the definition where that is asked for, else the schedules."""
     check_schedule(schedule)
     if logits_budget is not None:
         _BYTES.check("logits_budget", logits_budget)
     chosen = choose_backend(backend, hidden.device)
     if backend == "reference":
+        if capturable:
+            raise ValueError("backend='reference' reads the batch on the host: not capturable")
+        if weight_grad is not None:
+            raise ValueError("backend='reference' leaves gradients to autograd: no weight_grad")
         return reference
-    return Scheduled(chosen, schedule, logits_budget)
+    return Scheduled(chosen, schedule, logits_budget, capturable, weight_grad, weight_grad_scale)
 
 
 def _names(stats: Sequence[str]) -> tuple[str, ...]:

@@ -93,6 +93,8 @@ class Problem:
         head_grad: weight or bias requires a gradient.
         head_dtype: of the head, None for hidden's.
         responses: K, sequences of a prompt, 2 for pairs.
+        weight_grad_dtype: of the caller's buffer to which the head's gradient is added; None where
+            it is a new tensor.
         kept_dtype: of a group's logits while it waits for its coefficients, None for
             `accumulate_dtype`.
         head_columns: of the head's weight that get a gradient, None for all.
@@ -113,6 +115,7 @@ class Problem:
     kept_dtype: torch.dtype | None = None
     head_columns: int | None = None
     scales: bool = False
+    weight_grad_dtype: torch.dtype | None = None
 
     @property
     def rows(self) -> int:
@@ -392,7 +395,8 @@ def _recompute_bytes(problem: Problem, tile: tuple[int, int], tile_bytes: int) -
     rows, gathers = problem.rows * problem.hidden_size, problem.rows != problem.total_rows
     is_cpu, converts = problem.device == "cpu", wide != narrow
     running = tile_bytes + rows * (narrow * gathers + wide * converts * is_cpu)
-    running += tile[1] * problem.trained_columns * wide * converts
+    sums = converts or problem.weight_grad_dtype is not None  # of a slice, beside where it goes
+    running += tile[1] * problem.trained_columns * wide * sums
     running += tile[1] * problem.hidden_size * wide * problem.scales
     if problem.keeps_half:  # operands of the gradients' products
         fitted = tile[1] * problem.hidden_grad + tile[0] * problem.head_grad
@@ -419,6 +423,9 @@ def _group_bytes(problem: Problem, held: int) -> int:
     group = held * problem.row_bytes + workspace_bytes(problem, held, problem.vocabulary) + of_rows
     kept, laid_out = _kept_bytes(problem)
     head = problem.vocabulary * problem.trained_columns
+    if problem.weight_grad_dtype is not None:
+        splits = held != problem.rows and problem.weight_grad_dtype == torch.bfloat16
+        return max(group, laid_out) + kept + head * splits
     if held == problem.rows:
         return max(group + _head_bytes(problem), laid_out) + kept
     if problem.keeps_half and (problem.head_dtype or problem.dtype) == torch.bfloat16:
@@ -445,7 +452,9 @@ def _kept_bytes(problem: Problem) -> tuple[int, int]:
 
 
 def _head_bytes(problem: Problem) -> int:
-    """Of the head's gradient."""
+    """Of the head's gradient, where it is not the caller's."""
+    if problem.weight_grad_dtype is not None:
+        return 0
     of_head = (problem.head_dtype or problem.dtype).itemsize
     return problem.vocabulary * problem.trained_columns * of_head
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Unpack
 
 import torch
@@ -21,8 +21,9 @@ from fastpref.backends import (
     accumulate_dtype,
     compute_dtype,
 )
+from fastpref.domains import require
 from fastpref.memory import spare_bytes
-from fastpref.objectives import Objective, mean_or_zero, own_parameters, step_metrics
+from fastpref.objectives import Objective, own_parameters, step_metrics
 from fastpref.output import PreferenceOutput
 from fastpref.planner import Plan, Problem, make_plan
 from fastpref.schedules import PairGroups, PairLosses, Prompts, TokenLogps
@@ -31,17 +32,15 @@ from fastpref.sequences import IGNORED, Rows, on_device
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A backend, and what the caller asked of the planner.
-
-    Under `torch.compile` it runs as it is: the plan reads lengths, where a graph would end, and
-    products taken into a graph would multiply at the caller's precision.
-    """
+    """A backend, and how the caller wants it done."""
 
     backend: Backend
     schedule: str
     logits_budget: int | None
+    capturable: bool
+    weight_grad: Tensor | None
+    weight_grad_scale: float
 
-    @torch.compiler.disable
     def preference_loss(
         self,
         hidden: Tensor,  # (K·B, T, H), or (total, H)
@@ -63,7 +62,8 @@ class Scheduled:
         **scalars: Unpack[HeadOptions],
     ) -> PreferenceOutput:
         head = _head(hidden, weight, scalars)
-        rows = Rows.of(targets, cu_seqlens, token_weights, hidden.device, responses)
+        head = replace(head, weight_grad=self.weight_grad, weight_grad_scale=self.weight_grad_scale)
+        rows = self._rows(hidden, targets, cu_seqlens, token_weights, responses)
         flat = hidden.flatten(0, -2)
         plan = make_plan(
             _problem(flat, head, rows.counts, responses, self.backend),
@@ -110,6 +110,8 @@ class Scheduled:
             loss = losses
             if reduction != "none":
                 loss = losses.mean() if divisor == len(losses) else losses.sum() / divisor
+        if self.weight_grad is not None and loss.requires_grad:
+            loss.register_hook(functools.partial(_require_upstream, self.weight_grad_scale))
         logps = logps.detach()
         if per_prompt is not None:
             metrics = prompts.mean_metrics(per_prompt)
@@ -125,17 +127,15 @@ class Scheduled:
     ) -> list[Tensor]:
         """Log-probabilities and statistics of the rows, in their order."""
         how = head, plan, self.backend, stats
-        if len(rows.targets) < len(flat):
+        if rows.places is not None or len(rows.targets) < len(flat):
             given = flat, head.weight, head.bias, head.frozen_scale
-            return [*TokenLogps.apply(*given, rows.targets, rows.index, *how)]
+            return [*TokenLogps.apply(*given, rows.targets, rows.index, rows.places, *how)]
         # Hidden is taken as it lies: it need not be copied to have its rows in another order.
         targets = torch.empty_like(rows.targets).index_copy_(0, rows.index, rows.targets)
-        found = TokenLogps.apply(
-            flat, head.weight, head.bias, head.frozen_scale, targets, None, *how
-        )
+        given = flat, head.weight, head.bias, head.frozen_scale
+        found = TokenLogps.apply(*given, targets, None, None, *how)
         return [x.index_select(0, rows.index) for x in found]
 
-    @torch.compiler.disable
     def sequence_logps(
         self,
         hidden: Tensor,  # (S, T, H), or (total, H)
@@ -146,13 +146,12 @@ class Scheduled:
         token_weights: Tensor | None,
         **scalars: Unpack[HeadOptions],
     ) -> tuple[Tensor, Tensor]:
-        rows = Rows.of(targets, cu_seqlens, token_weights, hidden.device)
+        rows = self._rows(hidden, targets, cu_seqlens, token_weights)
         flat, head = hidden.flatten(0, -2), _head(hidden, weight, scalars)
         plan = self._plan(flat, head, len(rows.targets))
         per_row = self._of_rows(flat, head, rows, plan, ())[0]
         return rows.sums(per_row), rows.lengths
 
-    @torch.compiler.disable
     def token_statistics(
         self,
         hidden: Tensor,  # (N, H)
@@ -162,18 +161,36 @@ class Scheduled:
         stats: tuple[str, ...],
         **scalars: Unpack[HeadOptions],
     ) -> dict[str, Tensor]:
+        head = _head(hidden, weight, scalars)
+        if self.capturable:
+            rows = Rows.of_all(targets[None], None)
+            plan = self._plan(hidden, head, len(targets))
+            found = self._of_rows(hidden, head, rows, plan, stats)
+            found = [x.masked_fill(targets == IGNORED, 0) for x in found]
+            return dict(zip(("logps", *stats), found, strict=True))
         scored = (targets != IGNORED).nonzero().flatten()
         index = None
         if len(scored) < len(targets):
             targets, index = targets[scored], on_device(scored, hidden.device)
         wanted = on_device(targets, hidden.device)
-        head = _head(hidden, weight, scalars)
         plan = self._plan(hidden, head, len(wanted))
-        given = hidden, head.weight, head.bias, head.frozen_scale, wanted, index
+        given = hidden, head.weight, head.bias, head.frozen_scale, wanted, index, None
         found = [*TokenLogps.apply(*given, head, plan, self.backend, stats)]
         if index is not None:
             found = [x.new_zeros(len(hidden)).index_copy(0, index, x) for x in found]
         return dict(zip(("logps", *stats), found, strict=True))
+
+    def _rows(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        cu_seqlens: Tensor | None,
+        token_weights: Tensor | None,
+        responses: int = 1,
+    ) -> Rows:
+        if self.capturable:
+            return Rows.of_all(targets, token_weights, responses)
+        return Rows.of(targets, cu_seqlens, token_weights, hidden.device, responses)
 
     def _plan(self, hidden: Tensor, head: Head, rows: int) -> Plan:
         """For log-probabilities of tokens."""
@@ -208,6 +225,17 @@ def _problem(
         kept_dtype=backend.kept_dtype(head),
         head_columns=None if head.frozen_weight is None else head.weight.shape[1],
         scales=head.frozen_scale is not None and head.frozen_scale.requires_grad,
+        weight_grad_dtype=None if head.weight_grad is None else head.weight_grad.dtype,
+    )
+
+
+def _require_upstream(scale: float, upstream: Tensor) -> None:
+    """Of a loss whose gradient may have been added to a buffer before this was known."""
+    allowed = 4 * torch.finfo(upstream.dtype).eps * abs(scale)  # of a division more or less
+    require(
+        (upstream - scale).abs() <= allowed,
+        f"weight_grad was promised an upstream gradient of weight_grad_scale = {scale}, and the "
+        "loss got another one; weight_grad may hold a wrong sum now",
     )
 
 
@@ -221,15 +249,18 @@ def _token_metrics(rows: Rows, stats: dict[str, Tensor]) -> dict[str, Tensor]:
         return {}
     k = rows.responses
     response = rows.repeat(torch.arange(len(rows.counts), device=rows.index.device) % k)
-    is_chosen, is_rejected = response == 0, response == k - 1
-    tokens = max(1, sum(rows.counts[::k])), max(1, sum(rows.counts[k - 1 :: k]))
+    if rows.scored is not None:
+        response = torch.where(rows.scored, response, -1)
+
+    def mean(name: str, of: Tensor) -> Tensor:  # 0 of nothing
+        return torch.where(of, stats[name].detach(), 0).sum() / of.sum().clamp(min=1)
+
     metrics = {}
     if "entropy" in stats:
-        metrics["entropy"] = mean_or_zero(stats["entropy"])
+        metrics["entropy"] = mean("entropy", response >= 0)
     if "is_top1" in stats:
-        metrics["mean_token_accuracy"] = (stats["is_top1"] & is_chosen).sum() / tokens[0]
+        metrics["mean_token_accuracy"] = mean("is_top1", response == 0)
     if "mean_logits" in stats:
-        values = stats["mean_logits"]
-        metrics["logits/chosen"] = torch.where(is_chosen, values, 0).sum() / tokens[0]
-        metrics["logits/rejected"] = torch.where(is_rejected, values, 0).sum() / tokens[1]
+        metrics["logits/chosen"] = mean("mean_logits", response == 0)
+        metrics["logits/rejected"] = mean("mean_logits", response == k - 1)
     return metrics

@@ -1,7 +1,8 @@
 """Which rows are scored, and to which sequence and pair they belong.
 
 Padded and packed batches become the same thing here: a list of scored rows, pair after pair, with
-offsets. Prompt, padding and ignored positions never reach the projection.
+offsets. Prompt, padding and ignored positions never reach the projection; where nothing may be read
+on the host, as in a CUDA graph, others take their places.
 """
 
 from __future__ import annotations
@@ -19,19 +20,17 @@ PINNED_FOR = ("cuda", "xpu")
 
 @dataclass(frozen=True)
 class Rows:
-    """N scored rows of M, sequence after sequence; of K responses a prompt, prompt after prompt.
-
-    The schedules are planned from the sequences' lengths, so this is made on the host. Targets that
-    lie there cost no wait; those of an accelerator are brought there first.
-    """
+    """N rows of M, sequence after sequence; of K responses a prompt, prompt after prompt."""
 
     index: Tensor  # (N,) positions in the flattened hidden states
     targets: Tensor  # (N,)
     weights: Tensor | None  # (N,) token weights
     offsets: Tensor  # (S + 1,) where each sequence starts among the N rows
     lengths: Tensor  # (S,) scored tokens of each sequence, in the caller's order
-    counts: list[int]  # (S,) the same, prompt after prompt
+    counts: list[int]  # (S,) rows of each sequence, prompt after prompt
     responses: int  # K; 1 where sequences stand alone
+    scored: Tensor | None = None  # (N,) bool; None where all rows are
+    places: Tensor | None = None  # (N,) positions that get their gradients; None for `index`
 
     @classmethod
     def of(
@@ -42,6 +41,11 @@ class Rows:
         device: torch.device,  # of the hidden states
         responses: int = 1,
     ) -> Rows:
+        """The scored rows alone: prompt, padding and ignored positions are left out.
+
+        This is made on the host. Targets that lie there cost no wait; those of an accelerator are
+        brought there first.
+        """
         flat = targets.flatten().cpu()
         positions = torch.arange(len(flat), device=flat.device)
         if cu_seqlens is None:
@@ -78,6 +82,41 @@ class Rows:
             responses=responses,
         )
 
+    @classmethod
+    def of_all(
+        cls,
+        targets: Tensor,  # (S, T)
+        token_weights: Tensor | None,  # (S, T)
+        responses: int = 1,
+    ) -> Rows:
+        """All positions, of which nothing is read on the host.
+
+        One that is not scored is projected as the first of its sequence that is, and weighs 0: what
+        stands there is not looked at. Every sequence has a scored position.
+        """
+        sequences, length = targets.shape
+
+        def by_prompt(values: Tensor) -> Tensor:
+            return values.view(responses, -1, length).transpose(0, 1).flatten()
+
+        scored = targets != IGNORED
+        places = torch.arange(targets.numel(), device=targets.device).view(targets.shape)
+        index = by_prompt(torch.where(scored, places, first_scored(scored) + places[:, :1]))
+        weights = scored.to(torch.float32)
+        if token_weights is not None:
+            weights = torch.where(scored, token_weights.detach(), 0)
+        return cls(
+            index=index,
+            targets=targets.flatten()[index].clamp(min=0),
+            weights=by_prompt(weights),
+            offsets=torch.arange(sequences + 1, device=targets.device) * length,
+            lengths=scored.sum(1),
+            counts=[length] * sequences,
+            responses=responses,
+            scored=by_prompt(scored),
+            places=by_prompt(places),
+        )
+
     def in_batch_order(self, per_sequence: Tensor) -> Tensor:
         """`(S,)` from prompt after prompt to the caller's order, response after response."""
         return per_sequence.view(-1, self.responses).T.flatten()
@@ -85,14 +124,15 @@ class Rows:
     def sums(
         self, values: Tensor, first: int = 0, last: int | None = None, *, weighted: bool = True
     ) -> Tensor:
-        """Sums over sequences `first:last` of their rows' values, times the token weights.
+        """Sums over sequences `first:last` of their scored rows' values, times the token weights.
 
         Added up in float64 where the device has it, one fixed order a sequence.
         """
         offsets = self.offsets[first : None if last is None else last + 1]
-        if weighted and self.weights is not None:
+        weights = self.weights if weighted else self.scored
+        if weights is not None:
             start = sum(self.counts[:first])
-            values = values * self.weights[start : start + len(values)].to(values.dtype)
+            values = values * weights[start : start + len(values)].to(values.dtype)
         wide = values if values.device.type == "mps" else values.double()
         sums = torch.segment_reduce(wide, "sum", offsets=offsets - offsets[0], initial=0)
         return sums.to(values.dtype)
@@ -115,6 +155,11 @@ class Rows:
             return None
         start = sum(self.counts[:first])
         return self.weights[start : start + sum(self.counts[first:last])]
+
+
+def first_scored(scored: Tensor) -> Tensor:
+    """The first position along the last dimension that is, and 0 where none is; `(…, 1)`."""
+    return scored.int().argmax(-1, keepdim=True)
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -178,6 +178,59 @@ def check_sequences(
     return sequences // (responses or 1)
 
 
+def check_capturable(
+    hidden: Tensor,
+    targets: Tensor,  # (S, T)
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+) -> None:
+    """What a step needs of a batch of which nothing may be read on the host."""
+    if cu_seqlens is not None:
+        raise ValueError(
+            "capturable=True takes padded batches (sequences, T, H): the lengths that cu_seqlens "
+            "packs differ from batch to batch, and those of a graph may not"
+        )
+    for name, tensor in (("targets", targets), ("token_weights", token_weights)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"capturable=True copies nothing from the host: {name} must be on hidden's device "
+                f"{hidden.device}, got {tensor.device}"
+            )
+    if not targets.shape[1]:
+        raise ValueError(f"capturable=True needs positions, got hidden {tuple(hidden.shape)}")
+    every = (targets != -100).any(1).all()
+    require(every, "capturable=True needs a scored token in each sequence")
+
+
+def check_weight_grad(
+    weight: Tensor, weight_grad: Tensor | None, scale: float, reduction: str
+) -> None:
+    """The buffer to which the weight's gradient is added."""
+    FINITE.check("weight_grad_scale", scale)
+    if weight_grad is None:
+        if scale != 1:
+            raise ValueError("weight_grad_scale needs weight_grad, to which it applies alone")
+        return
+    _tensor("weight_grad", weight_grad)
+    if not weight.requires_grad:
+        raise ValueError("weight_grad: weight does not require a gradient, so none is added")
+    if weight_grad.requires_grad:
+        raise ValueError("weight_grad is written in place and must not require a gradient")
+    dtypes = dict.fromkeys((weight.dtype, torch.promote_types(weight.dtype, torch.float32)))
+    same = weight_grad.shape == weight.shape and weight_grad.device == weight.device
+    if not same or weight_grad.dtype not in dtypes or not weight_grad.is_contiguous():
+        names = " or ".join(map(str, dtypes))
+        raise ValueError(
+            f"weight_grad must be dense {names} {tuple(weight.shape)} on {weight.device}, got "
+            f"{_describe(weight_grad)} of strides {weight_grad.stride()} on {weight_grad.device}"
+        )
+    if reduction == "none":
+        raise ValueError(
+            "weight_grad takes a loss whose upstream gradient is one number: reduction='none' "
+            "gives one a pair"
+        )
+
+
 def check_objective(
     objective: Objective | str,
     prompts: int,

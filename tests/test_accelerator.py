@@ -174,6 +174,42 @@ def test_a_backward_leaves_nothing_behind(backend):
     assert others < gradient.nbytes() / 8
 
 
+# Kernels of a step of 2 pairs × 2 × 128, whose time is that of launching them.
+MOST_LAUNCHES = 31
+# These only look at memory elsewhere.
+VIEWS = {"view", "_unsafe_view", "empty", "new_empty", "empty_like", "detach", "slice", "select",
+         "transpose", "t", "expand", "unsqueeze", "squeeze", "split", "split_with_sizes", "unbind",
+         "as_strided", "alias", "permute"}  # fmt: skip
+
+
+class Launches(TorchDispatchMode):
+    """Names of the operators that compute something on meta tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, found)) if isinstance(x, torch.Tensor)]
+        name = function.overloadpacket.__name__
+        if name not in VIEWS and any(x.is_meta for x in tensors):
+            self.names.append(name)
+        return found
+
+
+@ON_OWN_KERNELS
+def test_launches_of_a_small_step(backend):
+    hidden, weight, targets = batch(2, 128, 2048, 49152)
+    references = torch.empty(4, device="meta")
+    with Launches() as seen:
+        output = preference_loss(hidden, weight, targets, "dpo", ref_logps=references)
+        output.loss.backward()
+    assert output.plan.schedule == "pair_groups"
+    assert "projection_exponentials" in seen.names
+    assert len(seen.names) <= MOST_LAUNCHES, seen.names
+
+
 @ON_OWN_KERNELS
 def test_peak_of_a_reference(backend):
     """With what the tile kernel takes for itself."""

@@ -185,3 +185,11 @@ def test_a_wheel_would_hold_every_folder():
     folders = {path.parent for path in (ROOT / "fastpref").rglob("*.py")}
     names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert sorted(settings["packages"]) == sorted(names | {"fastpref_kernels"})
+
+
+def test_a_wheel_would_hold_every_launch_configuration():
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    (pattern,) = data["package-data"]["fastpref_kernels"]
+    files = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert files == {*PACKAGE.glob("*.py"), *PACKAGE.glob(pattern)}
+    assert pattern.endswith(".json")

@@ -59,7 +59,9 @@ def read(directory, stage):
 
 def test_a_rehearsal_measures_every_part(rehearsed):
     names = {path.name for path in rehearsed.iterdir()}
-    assert names == {f"{stage}.{kind}" for stage in STAGES for kind in ("json", "txt")}
+    assert names == {f"{stage}.{kind}" for stage in STAGES for kind in ("json", "txt")} | {
+        "tuned.json"
+    }
     for stage in STAGES:
         record = read(rehearsed, stage)
         assert record.keys() == {"stage", "environment", "parts"}
@@ -84,7 +86,7 @@ def test_a_rehearsal_finds_the_numbers_right(rehearsed):
         "fastpref recompute",
     }
     for row in ours:
-        assert row["grad_hidden"] <= 2**-8  # one rounding of each element
+        assert row["kept"] and 0 < row["token_logps"] <= row["allowed nats"]
     confirm = {part["name"]: part["result"] for part in read(rehearsed, "confirm")["parts"]}
     for row in confirm["in place and not"]:
         assert row["differ"] == {"from out of place": 0, "from the first": 0}
@@ -215,40 +217,47 @@ def test_a_part_that_hangs_is_ended_with_the_clock(tmp_path, monkeypatch):
     assert call.load() == record
 
 
-@pytest.fixture
-def rehearsal(tmp_path, monkeypatch):
-    """A setup in this process, which is left as it was."""
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(setup.workloads, "HEADS", dict(setup.workloads.HEADS))
-    yield setup.make_setup(a_call(tmp_path), True)
-    torch.set_num_threads(threads)
+def test_winners_are_kept_in_a_file_that_the_kernels_read(rehearsed):
+    pytest.importorskip("triton")
+    from fastpref_kernels import configs
+
+    of_parts = {part["name"]: part["result"] for part in read(rehearsed, "tune")["parts"]}
+    expected = {}
+    for result in of_parts.values():
+        if isinstance(result, dict):
+            assert len(result["best two"]) == 2
+            expected |= configs.entries_in(result["winner"])
+    assert configs.read_entries(rehearsed / "tuned.json", "interpreter") == expected
+    steps = read(rehearsed, "tuned")["measured"]["steps"]
+    assert steps == of_parts["whole steps"] and len(steps) > 5
 
 
-def test_a_candidate_with_wrong_numbers_is_not_timed(rehearsal):
+def test_what_is_measured_includes_its_settings(tmp_path, monkeypatch):
+    monkeypatch.delenv("FASTPREF_CONFIGS", raising=False)
+    before = parts.source()
+    tuned = tmp_path / "tuned.json"
+    tuned.write_text("{}")
+    monkeypatch.setenv("FASTPREF_CONFIGS", str(tuned))
+    assert parts.source() != before
+    changed = parts.source()
+    tuned.write_text('{"device": "NVIDIA H200"}')
+    assert parts.source() not in (before, changed)
+
+
+def test_counters_are_read_from_what_the_profiler_prints():
     pytest.importorskip("triton")
     from gpu import tune
 
-    def forward(hidden, weight, targets, off=0.0):
-        z = hidden.double() @ weight.double().T
-        logps = z.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
-        return logps + off, z.logsumexp(-1)
-
-    error, allowed = tune._check(rehearsal, forward)
-    assert error < 1e-9 < allowed
-    with pytest.raises(RuntimeError, match="wrong numbers"):
-        tune._check(rehearsal, lambda *given: forward(*given, off=2 * allowed))
-    with pytest.raises(RuntimeError, match="wrong numbers"):
-        tune._check(rehearsal, lambda *given: forward(*given, off=float("nan")))
-
-
-def test_a_candidate_that_is_not_taken_is_an_error():
-    pytest.importorskip("triton")
-    from fastpref_kernels.configs import RowsConfig
-    from gpu import tune
-
-    tune._expect("1,4096,8", RowsConfig(1, 4096, 8))
-    with pytest.raises(RuntimeError, match="the kernels take"):
-        tune._expect("1,2048,8", RowsConfig(1, 4096, 8))
+    said = '==PROF==\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+    said += '"0","a","Duration","us","1,812.3"\n"0","a","Rule","",""\n"0","a","","",""\n'
+    said += '"1","b","Duration","us","7"\n'
+    expected = [
+        {"kernel": "a", "Duration, us": "1,812.3", "Rule": ""},
+        {"kernel": "b", "Duration, us": "7"},
+    ]
+    assert tune.of_csv(said) == expected
+    with pytest.raises(RuntimeError, match="no table: ==ERROR== no permission"):
+        tune.of_csv("==ERROR== no permission")
 
 
 def test_device_work_is_timed_between_events_behind_a_flush(monkeypatch):

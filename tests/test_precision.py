@@ -5,9 +5,11 @@ import contextlib
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastpref import SimPO, linear_logps, preference_loss
 from fastpref.backends import products
+from fastpref.scheduled import Scheduled
 
 VERSION = tuple(int(x) for x in torch.__version__.split(".")[:2])
 BACKENDS = torch.backends
@@ -192,10 +194,70 @@ def test_no_product_is_compiled(schedule):
 
         torch.compile(log_probabilities, backend=keep)(torch.randn(6, 8)).backward()
     else:
-        compiled = torch.compile(preference_loss, backend=keep)
+
+        @torch.compile(backend=keep)
+        def compiled(hidden, *args, **how):
+            return preference_loss(1 * hidden, *args, **how)
+
         found = step(schedule, contextlib.nullcontext(), compiled)
         for value, expected in zip(found, step(schedule, contextlib.nullcontext()), strict=True):
             assert torch.equal(value, expected)
     assert graphs
     called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
     assert not [name for name in called if "mm" in name or "matmul" in name]
+
+
+@pytest.mark.parametrize("schedule", ["pair_groups", "frozen_head", "recompute"])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_compiled_step_allocates_what_the_eager_one_does(schedule, capturable, monkeypatch):
+    """The same operators on the same sizes: none is decomposed, and none put together."""
+    taken, inner = [], Scheduled.preference_loss
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            tensors = [x for x in tree_leaves((args, found)) if isinstance(x, torch.Tensor)]
+            taken.append((str(function), *(tuple(x.shape) for x in tensors)))
+            return found
+
+    def watched(*args, **how):  # a mode around the call would keep torch.compile from compiling
+        with Operators():
+            return inner(*args, **how)
+
+    monkeypatch.setattr(Scheduled, "preference_loss", watched)
+    graphs, runs = [], []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def total(hidden, *args):
+        how = {"schedule": schedule, "backend": "torch", "capturable": capturable}
+        return preference_loss(2 * hidden, *args, **how).loss
+
+    torch._dynamo.reset()
+    weight = torch.randn(131, 64).requires_grad_(schedule != "frozen_head")
+    given = weight, torch.randint(0, 131, (4, 9)), SimPO()
+    for run in (total, torch.compile(total, backend=keep)):
+        taken.clear()
+        weight.grad = None
+        loss = run(torch.ones(4, 9, 64).requires_grad_(), *given)
+        with Operators():
+            loss.backward()
+        runs.append(taken.copy())
+    assert graphs
+    assert any("mm" in name for name, *_ in runs[0])
+    assert runs[0] == runs[1]
+
+
+def test_what_must_be_one_graph_hears_why_not():
+    hidden, weight, targets = torch.randn(4, 9, 8), torch.randn(31, 8), torch.randint(0, 31, (4, 9))
+    objective = SimPO()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def total(hidden):
+        return preference_loss(hidden, weight, targets, objective).loss
+
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Compile with fullgraph=False"):
+        total(hidden)

@@ -4,7 +4,9 @@ import json
 import re
 from pathlib import Path
 
-from fastpref.commands.benchmark.report import insert_tables, markdown_tables
+import pytest
+
+from fastpref.commands.benchmark.report import insert_tables, main, markdown_tables
 from fastpref.objectives import PUBLISHED_SETTINGS
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +19,91 @@ def test_tables_come_from_the_committed_run():
     for name in tables:
         assert f"<!-- {name} -->" in text
     assert insert_tables(text, tables) == text
+
+
+GPU_RUN = {
+    "stage": "confirm",
+    "environment": {"hardware": "A GPU of nobody", "device": "cuda"},
+    "parts": [
+        {
+            "name": "times, head trains",
+            "status": "done",
+            "result": {
+                "of": [
+                    {"what": "naive", "ms": {"median": 100.0}, "of naive": None},
+                    {
+                        "what": "fastpref pair groups",
+                        "ms": {"median": 80.25},
+                        "of naive": {"median": 0.8, "low": 0.79, "high": 0.81},
+                    },
+                    {"what": "fastpref forward only", "ms": {"median": 26.0}, "of naive": ""},
+                ],
+                "goals": [
+                    {
+                        "goal": "fastpref pair groups", "than": "Liger DPO", "at most": 0.6,
+                        "met": None, "why": "Liger DPO: not installed",
+                    },
+                    {
+                        "goal": "fastpref pair groups", "than": "three bare products",
+                        "at most": 1.2, "met": True, "found": {"median": 1.19},
+                    },
+                    {
+                        "goal": "fastpref forward only", "than": "TFLOP/s", "at least": 640.0,
+                        "met": False, "found": 639.6,
+                    },
+                ],
+            },
+        },
+        {
+            "name": "peaks, head trains",
+            "status": "done",
+            "result": {
+                "of": [{"what": "fastpref pair groups", "peak MB": 2330.0}],
+                "goals": [
+                    {
+                        "goal": "fastpref pair groups", "than": "TRL 1.16 chunked", "at most": 0.6,
+                        "met": True, "found": {"median": 0.59},
+                    }
+                ],
+            },
+        },
+        {"name": "training step", "status": "failed", "why": "no room"},
+    ],
+}  # fmt: skip
+
+
+def test_tables_of_a_gpu_have_the_goals_beside_the_figures(tmp_path):
+    """Of a made-up run."""
+    source, readme = tmp_path / "confirm.json", tmp_path / "README.md"
+    source.write_text(json.dumps(GPU_RUN))
+    readme.write_text("before\n<!-- gpu -->\nold\n<!-- end gpu -->\nafter\n")
+    main(readme, source)
+    lines = readme.read_text().splitlines()
+    assert (lines[0], lines[1], lines[-2], lines[-1]) == (
+        "before", "<!-- gpu -->", "<!-- end gpu -->", "after",
+    )  # fmt: skip
+    assert lines[2] == "| A GPU of nobody | time | of naive | peak memory | goals |"
+    assert lines[4:-2] == [
+        "| naive | 100.00 ms |  |  |  |",
+        "| **fastpref pair groups** | 80.25 ms | 0.80 [0.79–0.81] | 2,330 MB | "
+        "not measured: Liger DPO: not installed; "
+        "1.19 of three bare products (met, ≤ 1.2); 0.59 of TRL 1.16 chunked (met, ≤ 0.6) |",
+        "| **fastpref forward only** | 26.00 ms |  |  | 639.6 TFLOP/s (missed, ≥ 640) |",
+    ]
+    assert "| not measured | a step |" in markdown_tables(GPU_RUN)["gpu training"]
+
+
+def test_tables_without_a_place_and_rehearsals_are_refused(tmp_path):
+    source, readme = tmp_path / "confirm.json", tmp_path / "README.md"
+    source.write_text(json.dumps(GPU_RUN))
+    readme.write_text("nothing\n")
+    with pytest.raises(SystemExit, match="<!-- gpu -->"):
+        main(readme, source)
+    rehearsal = GPU_RUN | {"environment": GPU_RUN["environment"] | {"rehearsal": True}}
+    source.write_text(json.dumps(rehearsal))
+    with pytest.raises(SystemExit, match="rehearsal"):
+        main(readme, source)
+    assert readme.read_text() == "nothing\n"
 
 
 def test_files_of_the_tree_exist():
@@ -35,7 +122,9 @@ def test_files_of_the_tree_exist():
 def test_no_gpu_figure_without_a_gpu_result_file():
     text = (ROOT / "README.md").read_text()
     measured = [
-        json.loads(path.read_text()) for path in (ROOT / "bench/results").glob("*/bench.json")
+        json.loads(path.read_text())
+        for name in ("bench", "confirm")
+        for path in (ROOT / "bench/results").glob(f"*/{name}.json")
     ]
     if all(results["environment"]["device"] == "cpu" for results in measured):
         assert "No GPU has been used yet" in text

@@ -298,17 +298,6 @@ def test_what_contradicts_itself_is_an_error():
         kernels.projection_anchored(*arguments, products.half(), tiles, 0)
 
 
-@pytest.mark.parametrize("name", ["FORWARD", "EXPONENTIALS"])
-def test_who_multiplies_is_a_setting(name, monkeypatch):
-    ask = {"FORWARD": kernels.forward_by, "EXPONENTIALS": kernels.exponentials_by}[name]
-    assert ask() == "tiles"
-    monkeypatch.setenv(f"FASTPREF_{name}", "library")
-    assert ask() == "library"
-    monkeypatch.setenv(f"FASTPREF_{name}", "libary")
-    with pytest.raises(ValueError, match=f"FASTPREF_{name} must be 'tiles' or 'library'"):
-        ask()
-
-
 # --- what makes a variant -----------------------------------------------------------------------
 
 

@@ -325,12 +325,18 @@ def check_total(found, old, gradient, rows, scale, unit, tiny=0.0):
     assert ((found - truth).abs() <= allowed).all(), ((found - truth).abs() - allowed).max()
 
 
+@pytest.fixture
+def by(request):
+    """Who multiplies for the head's gradient."""
+    with configs.trial({("choices", "weight_gradient"): request.param}):
+        yield
+
+
 @interpreted
-@pytest.mark.parametrize("by", ["kernel", "library"])
+@pytest.mark.parametrize("by", ["tiles", "library"], indirect=True)
 @pytest.mark.parametrize("dtype", UNITS)
 @pytest.mark.parametrize("add", [False, True])
 def test_weight_gradient(add, dtype, by, monkeypatch, poison):
-    monkeypatch.setenv("FASTPREF_WEIGHT_GRADIENT", by)
     monkeypatch.setattr("fastpref_kernels.weight_gradient._SLICE_BYTES", 4 * 70 * 50)
     n, v, h = 37, 131, 70  # blocks are 16 × 32 × 64
     gradient, rows = make_operands(n, v, h)
@@ -368,8 +374,12 @@ def test_weight_gradient_at_the_ends_of_blocks(n, v, h, descriptors, monkeypatch
         "_multiply",
         lambda *args: (described.append(args[-1].descriptors), launch(*args)),
     )
-    config = replace(configs._WEIGHT_GRADIENT_INTERPRETED, descriptors=descriptors)
-    monkeypatch.setattr(configs, "_WEIGHT_GRADIENT_INTERPRETED", config)
+    described_by = {}
+    for variant in ("plain", "pointers"):
+        key = "weight_gradient", variant
+        described_by[key] = replace(
+            configs.entries_of("interpreter")[key], descriptors=descriptors and variant == "plain"
+        )
     gradient, rows = make_operands(n, v, h)
     if descriptors:  # rows that begin at multiples of 16 bytes, as descriptors ask for
         gradient = torch.nn.functional.pad(gradient, (0, -v % 8 + 8), value=math.nan)[:, :v]
@@ -378,10 +388,11 @@ def test_weight_gradient_at_the_ends_of_blocks(n, v, h, descriptors, monkeypatch
         gradient, rows = embedded(gradient), embedded(rows)
     scale = torch.tensor(2.0**-20)
     high, low = new_total(v, h, "halves")
-    kernels.add_weight_gradient_(high, low, gradient, rows, scale, add=False)
-    first = value_of(high, low)
-    check_total(first, 0.0, gradient, rows, scale.item(), UNITS["halves"])
-    kernels.add_weight_gradient_(high, low, gradient, rows, scale, add=True)
+    with configs.trial(described_by):
+        kernels.add_weight_gradient_(high, low, gradient, rows, scale, add=False)
+        first = value_of(high, low)
+        check_total(first, 0.0, gradient, rows, scale.item(), UNITS["halves"])
+        kernels.add_weight_gradient_(high, low, gradient, rows, scale, add=True)
     check_total(value_of(high, low), first, gradient, rows, scale.item(), UNITS["halves"])
     assert described == [descriptors] * 2
 
@@ -399,14 +410,13 @@ def test_weight_gradient_of_no_rows():
 
 
 @interpreted
-@pytest.mark.parametrize("by", ["kernel", "library"])
-def test_eight_groups_in_24_bits_round_as_one_does(by, monkeypatch):
+@pytest.mark.parametrize("by", ["tiles", "library"], indirect=True)
+def test_eight_groups_in_24_bits_round_as_one_does(by):
     """And eight in bf16 alone do not: what the remainder is for.
 
     One rounding to bf16 has a relative error of 1.66e-3 in the mean square, whatever the numbers;
     the groups' own rounding, 2^-8 of it, is lost in that.
     """
-    monkeypatch.setenv("FASTPREF_WEIGHT_GRADIENT", by)
     n, v, h = 40, 96, 64
     truth = torch.zeros(v, h, dtype=torch.float64)
     split_total, plain = new_total(v, h, "halves"), new_total(v, h, torch.bfloat16)
@@ -460,16 +470,13 @@ def test_accumulate(dtype, rows, poison):
 
 
 @interpreted
-def test_totals_refuse_what_are_no_halves(monkeypatch):
+def test_totals_refuse_what_are_no_halves():
     low = torch.zeros(2, 3, dtype=torch.int8)
     given = torch.zeros(2, 3), torch.tensor(1.0), True
     with pytest.raises(ValueError, match="bfloat16 and int8, got torch.float32 and torch.int8"):
         kernels.accumulate_(torch.zeros(2, 3), low, *given)
     with pytest.raises(ValueError, match=r"shape \(2, 3\), got \(1, 3\)"):
         kernels.accumulate_(torch.zeros(2, 3).bfloat16(), low[:1], *given)
-    monkeypatch.setenv("FASTPREF_WEIGHT_GRADIENT", "cublas")
-    with pytest.raises(ValueError, match="must be 'kernel' or 'library', got 'cublas'"):
-        configs.weight_gradient_by()
 
 
 # --- gradients of hidden states -----------------------------------------------------------------
@@ -579,13 +586,15 @@ def test_hidden_gradient_at_the_ends_of_blocks(n, v, h, descriptors, monkeypatch
         )
     }
     monkeypatch.setattr(hidden_gradient, "hidden_gradient_kernel", type("Spy", (), spy)())
-    for name in ("_HIDDEN_GRADIENT_INTERPRETED", "_HIDDEN_GRADIENT_INTERPRETED_SMALL"):
-        config = replace(getattr(configs, name), descriptors=descriptors)
-        monkeypatch.setattr(configs, name, config)
+    entries = {}
+    for variant in ("plain", "small"):
+        key = "hidden_gradient", variant
+        entries[key] = replace(configs.entries_of("interpreter")[key], descriptors=descriptors)
     lay = described if descriptors else embedded
     dtype = torch.float32 if descriptors else torch.bfloat16  # NumPy describes no bfloat16
-    check_hidden_gradient(n, v, h, dtype=dtype, lay=lay)
-    check_hidden_gradient(n, v, h, dtype=torch.float16, compute_dtype=torch.float16, lay=lay)
+    with configs.trial(entries):
+        check_hidden_gradient(n, v, h, dtype=dtype, lay=lay)
+        check_hidden_gradient(n, v, h, dtype=torch.float16, compute_dtype=torch.float16, lay=lay)
     # 3 processors: one large tile would leave two of them without work.
     blocks = -(-n // 32) * -(-h // 32)
     for grid, given in used:
@@ -633,7 +642,7 @@ def test_hidden_gradient_of_no_rows():
 
 
 @interpreted
-def test_hidden_gradient_refuses_what_contradicts_itself(monkeypatch):
+def test_hidden_gradient_refuses_what_contradicts_itself():
     gradient, weight, factor, index = make_hidden_problem(4, 70, 33, torch.bfloat16)
     high, low = new_kept(4, 33, "halves")
     one, half = torch.tensor(1.0), torch.bfloat16
@@ -648,9 +657,6 @@ def test_hidden_gradient_refuses_what_contradicts_itself(monkeypatch):
     refuses("have 4, 3 and 4 rows", factor=factor[:3])
     refuses(r"shape \(4, 33\), got \(3, 33\)", low=low[:3])
     assert (high == 3).all()
-    monkeypatch.setenv("FASTPREF_HIDDEN_GRADIENT", "cublas")
-    with pytest.raises(ValueError, match="must be 'kernel' or 'library', got 'cublas'"):
-        kernels.hidden_gradient_by()
 
 
 @pytest.mark.parametrize(("rows", "hidden_size", "small"), [(512, 2048, True), (2048, 4096, False)])
@@ -658,10 +664,8 @@ def test_few_rows_get_small_tiles(rows, hidden_size, small, monkeypatch):
     """32 large tiles would leave a hundred of 132 processors without one."""
     from fastpref_kernels import hidden_gradient
 
-    monkeypatch.setattr(configs, "INTERPRETED", False)
-    monkeypatch.setattr(hidden_gradient, "architecture", lambda _: "sm_90")
     monkeypatch.setattr(hidden_gradient, "_processors", lambda _: 132)
-    found = hidden_gradient._configuration(rows, hidden_size, torch.device("cpu"), True)
+    found = hidden_gradient._configuration(rows, hidden_size, "sm_90", True)
     assert found == configs.hidden_gradient_config("sm_90", small=small)
     assert (hidden_gradient._tiles(rows, hidden_size, found) >= 128) and found.descriptors
 

@@ -261,13 +261,14 @@ def test_projection_by_descriptors(hidden_size, index, monkeypatch, poison):
     monkeypatch.setattr(
         forward, "_project", lambda *args: (described.append(args[-1].descriptors), launch(*args))
     )
-    config = dataclasses.replace(configs._PROJECTION_INTERPRETED, descriptors=True)
-    monkeypatch.setattr(configs, "_PROJECTION_INTERPRETED", config)
+    wide = "projection", "wide"
+    config = dataclasses.replace(configs.entries_of("interpreter")[wide], descriptors=True)
     problem = make_problem(35, 131, hidden_size, torch.float32, "all", bias=True, index=index)
     problem = dataclasses.replace(
         problem, hidden=problem.hidden.contiguous(), weight=problem.weight.contiguous()
     )
-    check_projection(problem)
+    with configs.trial({wide: config}):
+        check_projection(problem)
     assert described == [hidden_size == 36]
 
 
@@ -949,14 +950,14 @@ def test_nothing_scored(poison):
 TINY = Shape("tiny", 3, 7, 8, 37, rows=20)
 
 
-def run(objective, backend, schedule, frozen, **how):
+def run(objective, backend, schedule, frozen, empty=True, **how):
     batch = make_batch(TINY, torch.float64, "cpu")
     hidden = batch.hidden.clone().requires_grad_()
     weight = batch.weight.clone().requires_grad_(not frozen)
     if backend != "reference":
         how |= {"schedule": schedule, "logits_budget": TINY.rows * TINY.vocabulary * 8}
     targets = batch.targets.clone()
-    targets[1] = -100  # the chosen response of pair 1
+    targets[1, : None if empty else 3] = -100  # the chosen response of pair 1
     out = preference_loss(
         hidden, weight, targets, objective, backend=backend, **(batch.options | how)
     )
@@ -1012,6 +1013,27 @@ def test_weights_betas_and_lengths_of_pairs(objective, schedule, poison):
     out, grad = run(objective, "triton", schedule, frozen, **how)
     torch.testing.assert_close(out.losses, truth.losses)
     torch.testing.assert_close(grad, of_truth)
+    for name, value in truth.metrics.items():
+        torch.testing.assert_close(out.metrics[name], value, msg=name)
+
+
+@interpreted
+@pytest.mark.parametrize("schedule", ["pair_groups", "frozen_head", "recompute"])
+@pytest.mark.parametrize("objective", [UniDPO(balance=Balance()), Cubic()])
+@pytest.mark.parametrize("weighted_lengths", [False, True])
+def test_all_positions_as_rows(weighted_lengths, objective, schedule, poison):
+    """What is captured in a graph; fused where there is a formula."""
+    how = {
+        "token_weights": torch.rand(6, 7, generator=torch.Generator().manual_seed(1)),
+        "weighted_lengths": weighted_lengths,
+    }
+    frozen = schedule == "frozen_head"
+    truth, of_truth = run(objective, "reference", None, frozen, empty=False, **how)
+    how |= {"capturable": True}
+    out, grad = run(objective, "triton", schedule, frozen, empty=False, **how)
+    torch.testing.assert_close(out.losses, truth.losses)
+    torch.testing.assert_close(grad, of_truth)
+    assert out.metrics.keys() == truth.metrics.keys()
     for name, value in truth.metrics.items():
         torch.testing.assert_close(out.metrics[name], value, msg=name)
 

@@ -7,7 +7,7 @@ import functools
 import gc
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import fastpref_kernels as kernels
@@ -16,7 +16,6 @@ from fastpref_kernels import Epilogue
 from gpu import small_step
 from gpu.parts import ROOT, NotHereError, Part, python, run_for, surroundings
 from gpu.setup import TERA, Setup, frozen, milliseconds, product, product_flop
-from gpu.truth import schedule_step
 
 from fastpref import shift_targets
 from fastpref.commands.benchmark.measure import (
@@ -28,6 +27,7 @@ from fastpref.commands.benchmark.measure import (
     runnable,
 )
 from fastpref.commands.benchmark.peers import OURS, PEERS, Loss
+from fastpref.commands.benchmark.schedules import schedule_step
 from fastpref.commands.benchmark.timing import Stopwatch, spread_of_ratios
 from fastpref.commands.benchmark.workloads import Inputs, Workload, make_inputs
 
@@ -176,39 +176,67 @@ def _peaks(setup: Setup, workload: Workload, goals: tuple[Goal, ...]) -> dict[st
 
 
 def _in_place(setup: Setup) -> list[dict[str, Any]]:
-    """Gradients in the memory of their products, against those that no one else's reads lie in.
+    """Gradients in the memory of what they are made of, against those no one else's reads lie in.
 
-    In fp32 each element is written where it was read; in a narrower dtype a row's front is written
-    while its tail is still being read.
+    Products in fp32 become narrower rows: a row's front is written while its tail is still being
+    read. Exponentials keep their width, and a row's target is written by one thread at the end.
     """
-    found = []
     vocabulary = setup.large.vocabulary
-    for columns in (vocabulary, vocabulary - 5):  # the second has no aligned rows
-        for dtype in (torch.bfloat16, torch.float16):
-            draw = {
-                "generator": torch.Generator(setup.device).manual_seed(columns),
-                "device": setup.device,
-            }
-            products = torch.randn(setup.group_rows, columns, **draw).mul_(6)
-            targets = torch.randint(0, columns, products.shape[:1], **draw)
-            coef = torch.randn(setup.group_rows, **draw)
-            _, lse, _ = kernels.row_statistics(products, targets, Epilogue())
-            given = targets, lse, coef, Epilogue()
-            apart = kernels.row_gradients_(products.clone(), *given, torch.float32).to(dtype)
-            held, first = torch.empty_like(products), None
-            differ = {"from out of place": 0, "from the first": 0}
-            rounds = 2 if setup.rehearsal else _ROUNDS
-            for _ in range(rounds):
-                grad = kernels.row_gradients_(held.copy_(products), *given, dtype)
-                first = grad.clone() if first is None else first
-                differ["from out of place"] += not torch.equal(grad, apart)
-                differ["from the first"] += not torch.equal(grad, first)
-            shape = {"dtype": str(dtype).removeprefix("torch."), "columns": columns}
-            found.append(shape | {"rounds": rounds, "differ": differ})
-            if differ["from out of place"]:
-                off = (grad.double() - apart.double()).abs()
-                found[-1]["largest difference"] = off.max().item()
-                found[-1]["elements"] = int((off > 0).sum())
+    # The second has no aligned rows.
+    return [row for columns in (vocabulary, vocabulary - 5) for row in _of_columns(setup, columns)]
+
+
+def _of_columns(setup: Setup, columns: int) -> Iterator[dict[str, Any]]:
+    draw = {"generator": torch.Generator(setup.device).manual_seed(columns), "device": setup.device}
+    products = torch.randn(setup.group_rows, columns, **draw).mul_(6)
+    targets = torch.randint(0, columns, products.shape[:1], **draw)
+    coef = torch.randn(setup.group_rows, **draw)
+    logps, lse, _ = kernels.row_statistics(products, targets, Epilogue())
+    of_rows, held = (targets, lse, coef, Epilogue()), torch.empty_like(products)
+
+    def of_products(dtype: torch.dtype) -> torch.Tensor:
+        return kernels.row_gradients_(held.copy_(products), *of_rows, dtype)
+
+    for dtype in (torch.bfloat16, torch.float16):
+        apart = kernels.row_gradients_(products.clone(), *of_rows, torch.float32).to(dtype)
+        shape = {"of": f"products to {dtype}", "columns": columns}
+        yield shape | _differences(setup, functools.partial(of_products, dtype), apart)
+
+    block = 256
+    peaks = torch.nn.functional.pad(products, (0, -columns % block), value=-torch.inf)
+    peaks = peaks.unflatten(1, (-1, block)).amax(2)
+    of_block = peaks.repeat_interleave(block, 1)[:, :columns]
+    exponentials = (products - of_block).exp_().mul_(kernels.SCALE).half()
+    del of_block
+    given, of_half = (peaks, block, targets, logps, lse, coef), torch.empty_like(exponentials)
+
+    def of_exponentials() -> torch.Tensor:
+        kernels.gradients_(of_half.copy_(exponentials), *given)
+        return of_half
+
+    apart = exponentials.float()
+    kernels.gradients_(apart, *given)
+    shape = {"of": f"exponentials, {of_half.dtype}", "columns": columns}
+    yield shape | _differences(setup, of_exponentials, apart.half())
+
+
+def _differences(
+    setup: Setup, run: Callable[[], torch.Tensor], apart: torch.Tensor
+) -> dict[str, Any]:
+    """Rounds in which the gradient in place is not the other one, and by how much at the last."""
+    first = None
+    differ = {"from out of place": 0, "from the first": 0}
+    rounds = 2 if setup.rehearsal else _ROUNDS
+    for _ in range(rounds):
+        grad = run()
+        first = grad.clone() if first is None else first
+        differ["from out of place"] += not torch.equal(grad, apart)
+        differ["from the first"] += not torch.equal(grad, first)
+    found: dict[str, Any] = {"rounds": rounds, "differ": differ}
+    if differ["from out of place"]:
+        off = (grad.double() - apart.double()).abs()
+        found["largest difference"] = off.max().item()
+        found["elements"] = int((off > 0).sum())
     return found
 
 

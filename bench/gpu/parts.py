@@ -77,11 +77,14 @@ class Call:
 
 
 def source() -> str:
-    """The measured code by its contents: there may be no git where it is measured."""
+    """The measured code and its settings by their contents: there may be no git there."""
     digest = hashlib.sha256()
     for directory in ("fastpref", "kernels"):
-        for path in sorted((ROOT / directory).rglob("*.py")):
-            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+        for path in sorted((ROOT / directory).rglob("*")):
+            if path.suffix in (".py", ".json"):
+                digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    if tuned := os.environ.get("FASTPREF_CONFIGS"):
+        digest.update(Path(tuned).read_bytes())
     return digest.hexdigest()[:16]
 
 

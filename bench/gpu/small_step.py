@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from gpu.truth import SCHEDULES, schedule_step
-
+from fastpref.commands.benchmark.schedules import SCHEDULES, schedule_step
 from fastpref.commands.benchmark.workloads import Workload, make_inputs
 
 # Ends rows, columns and slices early.

@@ -15,10 +15,8 @@ import torch
 from gpu.parts import ROOT, Part, python, run_for, surroundings
 from gpu.setup import TERA, Setup, frozen, milliseconds, product, product_flop
 
-from fastpref import DPO, preference_loss, sequence_logps
 from fastpref.commands.benchmark.measure import (
     accuracy,
-    clear_gradients,
     first_line,
     make_step,
     predicted_memory,
@@ -26,16 +24,10 @@ from fastpref.commands.benchmark.measure import (
     time_peers,
 )
 from fastpref.commands.benchmark.peers import OURS
-from fastpref.commands.benchmark.workloads import BETA, Inputs, Workload, make_inputs
+from fastpref.commands.benchmark.schedules import SCHEDULES, schedule_step
+from fastpref.commands.benchmark.workloads import Inputs, Workload, make_inputs
+from fastpref.commands.verify import accumulation_error
 
-# Matrix products of each schedule, in U, and what computes it.
-SCHEDULES = {
-    "forward": (1, False),
-    "pair_groups": (3, False),
-    "recompute": (4, False),
-    "frozen_head": (2, True),
-    "recompute, head frozen": (3, True),
-}
 _TOP = 12  # kernels of a table
 _BYTES_OF_A_TEST = 16e9
 
@@ -89,41 +81,50 @@ def _bare_products(setup: Setup) -> Iterator[tuple[dict[str, Any], Callable[[], 
     A gradient of logits lies dense, or in the front halves of fp32 rows (`apart`).
     """
     device, workload = setup.device, setup.large
-    narrow = torch.float32 if setup.rehearsal else torch.bfloat16  # a CPU has no `out_dtype`
     wide, size, vocabulary = torch.float32, workload.hidden_size, workload.vocabulary
+    # A CPU has no `out_dtype`.
+    bf16, fp16 = (wide, wide) if setup.rehearsal else (torch.bfloat16, torch.float16)
     sizes = (4, 8) if setup.rehearsal else (2048, 4096, 8192, 16384)
 
-    def shape(name: str, k: int, out: torch.Tensor, beta: int, apart: bool) -> dict[str, Any]:
+    def shape(name: str, k: int, operand: torch.Tensor, out: torch.Tensor, **how: Any) -> dict:
         m, n = out.shape
-        where = {"beta": beta, "lda": "2V" if apart else "V"} if name != "logits" else {}
-        dtype = str(out.dtype).removeprefix("torch.")
-        return {"product": name, "M": m, "N": n, "K": k, "out": dtype} | where
+        dtypes = (str(x.dtype).removeprefix("torch.") for x in (operand, out))
+        return {"product": name, "M": m, "N": n, "K": k, "of": " to ".join(dtypes)} | how
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device, dtype=narrow)
+        return torch.randn(shape, device=device, dtype=bf16)
 
     hidden, weight = normal(sizes[-1], size), normal(vocabulary, size)
     for n in (sizes[0], sizes[-1]):
-        for dtype in dict.fromkeys((narrow, wide)):
+        for dtype in dict.fromkeys((bf16, wide)):
             out = torch.empty(n, vocabulary, device=device, dtype=dtype)
             call = functools.partial(product, hidden[:n], weight.T, out)
-            yield shape("logits", size, out, 0, False), call, 2 * n * size * vocabulary
+            yield shape("logits", size, hidden, out), call, 2 * n * size * vocabulary
     del out, call
     for apart in (False, True):
-        whole = normal(sizes[-1], vocabulary * (1 + apart))
-        grad_logits = whole[:, :vocabulary]
-        for dtype, beta in dict.fromkeys(((narrow, 0), (wide, 0), (wide, 1))):
-            out = torch.zeros(vocabulary, size, device=device, dtype=dtype)
-            for k in sizes:
-                call = functools.partial(product, grad_logits[:k].T, hidden[:k], out, beta)
-                yield shape("dW", k, out, beta, apart), call, 2 * k * size * vocabulary
-        for beta in (0, 1):
-            for n in dict.fromkeys((sizes[0] // 2, sizes[1], sizes[-1])):
-                out = torch.zeros(n, size, device=device, dtype=wide)
-                for k in (*sizes, vocabulary):
-                    operands = grad_logits[:n, :k], weight[:k]
+        width = vocabulary * (1 + apart)
+        of_logits = torch.empty(sizes[-1], width, device=device, dtype=bf16)
+        for narrow in dict.fromkeys((bf16, fp16)):
+            # One memory for both: such a matrix takes 8 GB.
+            grad_logits = of_logits.view(narrow).normal_()[:, :vocabulary]
+            rows, head = hidden.to(narrow), weight.to(narrow)
+            sums = [(wide, 0), (wide, 1)] + [(narrow, 0)] * (narrow == bf16)
+            how = {"lda": "2V" if apart else "V"}
+            for dtype, beta in dict.fromkeys(sums):
+                out = torch.zeros(vocabulary, size, device=device, dtype=dtype)
+                for k in sizes:
+                    operands = grad_logits[:k].T, rows[:k]
                     call = functools.partial(product, *operands, out, beta)
-                    yield shape("dH", k, out, beta, apart), call, 2 * n * k * size
+                    of_shape = shape("dW", k, rows, out, beta=beta, **how)
+                    yield of_shape, call, 2 * k * size * vocabulary
+            for beta in (0, 1):
+                for n in dict.fromkeys((sizes[0] // 2, sizes[1], sizes[-1])):
+                    out = torch.zeros(n, size, device=device, dtype=wide)
+                    for k in (*sizes, vocabulary):
+                        operands = grad_logits[:n, :k], head[:k]
+                        call = functools.partial(product, *operands, out, beta)
+                        of_shape = shape("dH", k, head, out, beta=beta, **how)
+                        yield of_shape, call, 2 * n * k * size
 
 
 # --- what a schedule takes ----------------------------------------------------------------------
@@ -157,43 +158,6 @@ def _schedules(setup: Setup, workload: Workload) -> dict[str, Any]:
             }
         )
     return {"workload": workload.name, "of": rows}
-
-
-def schedule_step(
-    schedule: str, inputs: Inputs, budget: int | None = None, host_targets: bool = False
-) -> Callable[[], str]:
-    """A forward, or a forward and backward, that says its plan.
-
-    With `host_targets` they lie where a data loader leaves them: no step waits to read them.
-    """
-    targets = inputs.targets.cpu() if host_targets else inputs.targets
-    if schedule == "forward":
-
-        def forward() -> str:
-            with torch.no_grad():
-                sequence_logps(inputs.hidden, inputs.weight, targets, backend=inputs.backend)
-            return "forward only"
-
-        return forward
-    references = torch.zeros(len(inputs.hidden), device=inputs.hidden.device)
-    name = schedule.split(",")[0]
-
-    def step() -> str:
-        out = preference_loss(
-            inputs.hidden,
-            inputs.weight,
-            targets,
-            DPO(beta=BETA),
-            ref_logps=references,
-            schedule=name,
-            backend=inputs.backend,
-            logits_budget=budget,
-        )
-        out.loss.backward()
-        clear_gradients(inputs)
-        return str(out.plan)
-
-    return step
 
 
 def _peer(schedule: str) -> str:
@@ -234,12 +198,21 @@ def _kernels(setup: Setup, workload: Workload) -> dict[str, Any]:
 # --- errors -------------------------------------------------------------------------------------
 
 
+# Relative errors of gradients that the README promises, of bf16 inputs.
+_PROMISED = 2e-3
+
+
 def _errors(setup: Setup, dtype: str) -> dict[str, Any]:
-    """Of log-probabilities, loss, ∂H and ∂W against float64, every schedule and what else runs."""
+    """Of log-probabilities, loss, ∂H and ∂W against float64, every schedule and what else runs.
+
+    Beside fastpref's stands what its products' accumulators may take from a log-probability, and
+    whether that and the promise on gradients are kept.
+    """
     rows, skipped = [], {}
     for workload in (setup.checked, frozen(setup.checked)):
         workload = dataclasses.replace(workload, dtype=dtype)
         inputs = make_inputs(workload, setup.device)
+        allowed = _allowed_nats(inputs)
         names, reasons = runnable([*setup.peers, *OURS], inputs)
         skipped |= {name: why for name, why in reasons.items() if name not in OURS}
         for name in dict.fromkeys(names):
@@ -251,8 +224,27 @@ def _errors(setup: Setup, dtype: str) -> dict[str, Any]:
                 skipped[name] = first_line(failure)
                 continue
             head = {"head": "frozen" if workload.frozen else "trains"}
-            rows += [head | {k: v for k, v in entry.items() if k != "inputs"} for entry in found]
+            for entry in found:
+                row = head | {key: value for key, value in entry.items() if key != "inputs"}
+                if name in OURS:
+                    errors = [row[key] for key in ("grad_hidden", "grad_weight") if key in row]
+                    row["allowed nats"] = allowed
+                    row["kept"] = row["token_logps"] <= allowed
+                    if dtype == "bfloat16":
+                        row["kept"] &= max(errors) <= _PROMISED
+                rows.append(row)
     return {"inputs": setup.checked.name, "of": rows, "not run": skipped}
+
+
+def _allowed_nats(inputs: Inputs) -> float:
+    """Of a token's log-probability: a target's logit and a log-sum-exp, each cut off.
+
+    Their roundings to fp32 are few beside that; 2⁻²⁰ is four of each.
+    """
+    size = inputs.weight.shape[1]
+    hidden, weight = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach()
+    largest = max((h.float() @ weight.float().T).abs().max().item() for h in hidden.split(512))
+    return 2 * accumulation_error(size, largest) + 2**-20 * (1 + largest)
 
 
 _OUTCOME = re.compile(r"(?:^|\s)(PASSED|FAILED|ERROR|SKIPPED|XFAIL)(?:\s|$)")

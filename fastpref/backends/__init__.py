@@ -40,7 +40,8 @@ class Head:
 
     `compute_dtype` is what the operands of matrix products are rounded to: autocast's dtype, or
     what torch promotes hidden's and weight's to. Accumulation and everything after it is in
-    `accumulate_dtype`.
+    `accumulate_dtype`. `weight_grad` is where the weight's gradient is added, times
+    `weight_grad_scale` where that cannot wait for the upstream gradient.
     """
 
     weight: Tensor  # (V, H), or (V, H − F)
@@ -51,6 +52,8 @@ class Head:
     compute_dtype: torch.dtype
     frozen_weight: Tensor | None = None  # (V, F)
     frozen_scale: Tensor | None = None  # (V,)
+    weight_grad: Tensor | None = None  # as weight; None for a new tensor
+    weight_grad_scale: float = 1.0
 
     @property
     def accumulate_dtype(self) -> torch.dtype:

@@ -33,8 +33,15 @@ _TARGET_ROWS = 256
 _ROUNDED_ROWS = 1024
 
 
-def new_total(parameter: Tensor, head: Head, *, groups: int) -> Total:
-    """Room for a gradient: of one group in its own dtype, of several as wide as a sum needs."""
+def new_total(parameter: Tensor, head: Head, *, groups: int, into: Tensor | None = None) -> Total:
+    """Room for a gradient: of one group in its own dtype, of several as wide as a sum needs.
+
+    Or what there is, to be added to; then too no bfloat16 is rounded more than once.
+    """
+    if into is not None:
+        splits = groups > 1 and into.dtype == torch.bfloat16
+        low = torch.zeros_like(into, dtype=torch.int8) if splits else None
+        return Total(into, low, written=True)
     if groups == 1:
         return Total(torch.empty_like(parameter))
     if parameter.dtype == torch.bfloat16 and gradient_dtype(head) == torch.float16:
@@ -176,22 +183,23 @@ def sliced_gradients(
 
     `gradient_of(operand, weight, block, first, buffer, coef, entropy)` computes the logits of the
     rows `block` in `buffer` and returns their gradient, in the dtype of the gradients' products. A
-    slice's ∂W is one sum over all rows, accumulated wide and written once.
+    slice's ∂W is one sum over all rows, accumulated wide and written, or added, once.
     """
     rows, columns = tile
     wide, operand = head.accumulate_dtype, as_operand(hidden, head)
     coef, entropy, factor = _normalised(head, coef, entropy)
     grads = Grads(
         operand.new_zeros(operand.shape, dtype=wide) if wants[0] else None,
-        torch.empty_like(head.weight) if wants[1] else None,
+        torch.empty_like(head.weight) if wants[1] and head.weight_grad is None else None,
         torch.empty_like(head.bias) if wants[2] and head.bias is not None else None,
         torch.empty_like(head.frozen_scale) if wants[3] and head.frozen_scale is not None else None,
     )
     # Slots of the gradient, what the gradient of logits is multiplied with, what finishes a slice.
     of_head: list[tuple[Tensor, _RowOperand, Callable[..., Tensor] | None]] = []
-    if grads.weight is not None:
+    of_weight = head.weight_grad if grads.weight is None else grads.weight
+    if wants[1] and of_weight is not None:
         trained = operand[:, head.frozen_columns :].contiguous()
-        of_head.append((grads.weight, _RowOperand(by, trained, factor), None))
+        of_head.append((of_weight, _RowOperand(by, trained, factor), None))
     if grads.bias is not None:
         ones = operand.new_ones(len(operand), 1)
         of_head.append((grads.bias[:, None], _RowOperand(by, ones, factor), None))
@@ -207,7 +215,7 @@ def sliced_gradients(
         sums = [
             Total(
                 slot[part]
-                if slot.dtype == wide and finish is None
+                if slot.dtype == wide and finish is None and slot is not head.weight_grad
                 else slot.new_empty((last - first, of_rows.rows.shape[1]), dtype=wide)
             )
             for slot, of_rows, finish in of_head
@@ -224,7 +232,11 @@ def sliced_gradients(
             found = total.finish().high
             if finish is not None:
                 found = finish(found, part, head)
-            if of_rows.inverse is not None:
+            if slot is head.weight_grad:
+                if of_rows.inverse is not None:
+                    found.mul_(of_rows.inverse)
+                slot[part].add_(found)
+            elif of_rows.inverse is not None:
                 torch.mul(found, of_rows.inverse, out=slot[part])
             elif finish is not None or found.dtype != slot.dtype:
                 slot[part] = found

@@ -44,8 +44,6 @@ from fastpref.objectives import PairFormula
 
 elementwise = kernels
 
-# Of library products that a row kernel reads.
-_COLUMNS = 8192
 # Nats. A row whose log-sum-exp is further above its target's logit has log-probabilities, but NaN
 # in place of a gradient: its exponentials, relative to the target's, leave float32.
 _MOST_ABOVE = 145.0
@@ -59,7 +57,7 @@ def forward(
     tile: tuple[int, int],  # the tile kernel has its own
     stats: tuple[str, ...],
 ) -> RowStats:
-    if head.compute_dtype.itemsize == 2 and kernels.forward_by() == "tiles":
+    if head.compute_dtype.itemsize == 2 and kernels.choice("forward", hidden.device) == "tiles":
         found = kernels.projection_statistics(
             hidden, head.whole, targets, _epilogue(head), stats, index, head.compute_dtype
         )
@@ -85,7 +83,7 @@ def group_forward(
     stats: tuple[str, ...],
 ) -> RowStats:
     operand = as_operand(hidden, head)
-    if operand.dtype.itemsize == 2 and kernels.exponentials_by() == "tiles":
+    if operand.dtype.itemsize == 2 and kernels.choice("exponentials", hidden.device) == "tiles":
         logps, lse, extra, peaks, block = kernels.projection_exponentials(
             operand, head.whole, targets, _epilogue(head), buffer, stats, head.compute_dtype
         )
@@ -102,10 +100,10 @@ def _library_statistics(
     stats: tuple[str, ...],
     out: Tensor | None = None,  # (n, V) exponentials
 ) -> kernels.Partials:
-    epilogue = _epilogue(head)
-    partials = kernels.new_partials(operand, head.weight, epilogue, stats, _COLUMNS, by="library")
-    buffer = operand.new_empty(len(operand), _COLUMNS, dtype=head.accumulate_dtype)
-    for first, last, weight in weight_slices(head, _COLUMNS):
+    epilogue, columns = _epilogue(head), kernels.choice("columns", operand.device)
+    partials = kernels.new_partials(operand, head.weight, epilogue, stats, columns, by="library")
+    buffer = operand.new_empty(len(operand), columns, dtype=head.accumulate_dtype)
+    for first, last, weight in weight_slices(head, columns):
         products = buffer[:, : last - first]
         product_into(operand, weight.T, out=products)
         exponentials = None if out is None else out[:, first:last]
@@ -135,7 +133,8 @@ def put_hidden_gradient(
     factor: Tensor,  # (n,)
     head: Head,
 ) -> None:
-    if gradient.dtype != torch.float16 or kernels.hidden_gradient_by() == "library":
+    by = kernels.choice("hidden_gradient", gradient.device)
+    if gradient.dtype != torch.float16 or by == "library":
         gradients.put_hidden_gradient(elementwise, kept, gradient, factor, head)
         return
     bound = head.bound if gradients.fits(head) else None

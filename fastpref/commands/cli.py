@@ -1,9 +1,12 @@
-"""The commands: `fastpref train`, `verify`, `bench` and `plan`."""
+"""The commands: `fastpref train`, `verify`, `bench`, `plan` and `tune`."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -478,6 +481,138 @@ def _show_trunk_tokens(model: str, data: Path, pairs: int) -> None:
     for name, count in tokens.items():
         table.add_row(name, f"{count:,}", f"{count / tokens['padded']:.2f}")
     show(console, table)
+
+
+@app.command("tune")
+def tune_command(
+    model: Annotated[
+        str, typer.Option(help="Take H and V from its config: a directory or model name.")
+    ] = "",
+    hidden_size: Annotated[
+        int | None, typer.Option(help="H of the head; 4096 if not given.", min=1)
+    ] = None,
+    vocabulary: Annotated[
+        int | None, typer.Option(help="V of the head; 128256 if not given.", min=2)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write; default in the user's cache.")
+    ] = None,
+) -> None:
+    """Measure on this GPU which launch configurations are fastest, and keep them for every run.
+
+    Takes some minutes, most of them compiling. Every candidate's numbers are compared with the
+    default's before it is timed; a winner is faster in three of four interleaved rounds. The file
+    holds for GPUs of this name and this version of Triton; FASTPREF_CONFIGS=FILE names another.
+
+    Without a GPU: a dry run, tiny sizes through Triton's interpreter, of which nothing is kept
+    unless --output says where.
+    """
+    import fastpref_kernels
+
+    if not fastpref_kernels.HAS_TRITON:
+        _fail("the package triton is not installed")
+    if dtype not in ("bfloat16", "float16"):
+        _fail(f"--dtype must be bfloat16 or float16, got {dtype!r}: others have nothing to tune")
+    head = _head_of(model, hidden_size, vocabulary)
+    dry = _usable_device("") == "cpu"
+    if dry and os.environ.get("TRITON_INTERPRET") != "1":
+        _interpret_instead(dtype, output)
+    from fastpref_kernels import configs
+
+    from fastpref.commands.train import check_directory
+    from fastpref.commands.tune import questions, run
+
+    sizes = questions.dry_sizes(dtype) if dry else questions.sizes_of(*head, dtype)
+    path = output or configs.tuned_path(configs.device_name(torch.device(sizes.device)))
+    kept = output is not None or not dry
+    try:
+        if kept:
+            check_directory(path.parent)
+    except OSError as problem:
+        _fail(str(problem))
+    if dry:
+        console.print("no GPU: a dry run through the interpreter; these times mean nothing")
+    asked = list(questions.questions(dry))
+    columns = (BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(asked) + 1)
+
+        def show_next(name: str) -> None:
+            progress.update(task, description=name, advance=bool(progress.tasks[0].description))
+
+        answers, unanswered = run.ask_all(asked, sizes, 1 if dry else 5, show_next)
+        show_next("whole steps")
+        steps = run.steps(sizes, run.winners(answers), 1 if dry else 5)
+        progress.update(task, completed=len(asked) + 1)
+    _report_tuning(answers, unanswered, steps)
+    if kept:
+        run.write(path, run.winners(answers), sizes, steps)
+        console.print(f"wrote {path}", soft_wrap=True)
+    if not answers:
+        raise typer.Exit(1)
+
+
+def _head_of(model: str, hidden_size: int | None, vocabulary: int | None) -> tuple[int, int]:
+    """H and V, of a model or as given."""
+    if not model:
+        return hidden_size or 4096, vocabulary or 128256
+    if hidden_size or vocabulary:
+        _fail("--model has its own H and V: leave out --hidden-size and --vocabulary")
+    from fastpref.commands.train import check_model
+
+    try:
+        check_model(model)
+        return head_shape(model)
+    except (OSError, ValueError, AttributeError) as error:
+        _fail(f"no config of a causal language model at {model!r}: {str(error).splitlines()[0]}")
+
+
+def _interpret_instead(dtype: str, output: Path | None) -> NoReturn:
+    """The same in a process that interprets: Triton decides it at its import."""
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        "from fastpref.commands.cli import app; app()",
+        "tune",
+    ]
+    command += ["--dtype", dtype, *(["--output", str(output)] if output else [])]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False)
+    raise typer.Exit(run.returncode)
+
+
+def _report_tuning(answers: list[Any], unanswered: dict[str, str], steps: list[Any]) -> None:
+    from fastpref.commands.tune.run import text_of
+
+    table = new_table(
+        "fastest of what ran, against what ships", "", "entry", "ms", "of shipped", text=2
+    )
+    for answer in answers:
+        found = answer.row_of(answer.after)
+        ms, ratio = found["ms"]["median"], found["of default"]
+        table.add_row(
+            answer.name,
+            text_of(answer.after) if answer.changed else "as shipped",
+            f"{ms:.3g}",
+            escape(f"{ratio['median']:.2f} [{ratio['low']:.2f}–{ratio['high']:.2f}]"),
+            style="bold" if answer.changed else None,
+        )
+    show(console, table)
+    table = new_table("whole steps", "", "before\nms", "after\nms", "of before")
+    for step in steps:
+        if "why" in step:
+            table.add_row(step["step"], "", "", "no room")
+            continue
+        figures = step["before ms"], step["after ms"], step["ratio"]["median"]
+        table.add_row(step["step"], *(f"{figure:.3g}" for figure in figures))
+    show(console, table)
+    for answer in answers:
+        for candidate, why in answer.left_out.items():
+            console.print(escape(f"left out: {answer.name}: {candidate}: {why}"), style="dim")
+    for name, why in unanswered.items():
+        console.print(f"[red]not measured:[/red] {escape(name)}: {escape(why)}")
 
 
 def default_device() -> str:

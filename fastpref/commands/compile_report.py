@@ -188,10 +188,11 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def _read_code_object(asm: dict) -> tuple[int, int, int]:
-    names = "vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"
-    registers, vector, scalar, private = (_number(f".{name}:", asm["amdgcn"]) for name in names)
+    # Scalars that do not fit lie in lanes of vector registers, and take no memory.
+    names = "vgpr_count", "vgpr_spill_count", "private_segment_fixed_size"
+    registers, vector, private = (_number(f".{name}:", asm["amdgcn"]) for name in names)
     instructions = re.findall(r"^\s+(?:v|s|ds|global|buffer|flat)_", asm["amdgcn"], re.MULTILINE)
-    return registers, 4 * (vector + scalar) + private, len(instructions)
+    return registers, 4 * vector + private, len(instructions)
 
 
 def _number(label: str, text: str) -> int:

@@ -13,6 +13,7 @@ from fastpref.schedules.kept_rows import KeptRows
 def rows_of_gradient(
     hidden: Tensor,  # (M, H)
     index: Tensor | None,  # (n,) rows of hidden, None for all
+    places: Tensor | None,  # (n,) where their gradients go, None for all
     targets: Tensor,  # (n,)
     head: Head,
     plan: Plan,
@@ -20,11 +21,11 @@ def rows_of_gradient(
     stats: tuple[str, ...],
 ) -> tuple[RowStats, KeptRows]:
     """Statistics of every row, and its ∂ℓ/∂h."""
-    kept = KeptRows(hidden, index, len(targets), head, backend.elementwise)
+    kept = KeptRows(hidden, places, len(targets), head, backend.elementwise)
     buffer = hidden.new_empty(plan.tile, dtype=head.accumulate_dtype)
 
     def of_group(a: int, b: int) -> RowStats:
-        rows = hidden.index_select(0, kept.index[a:b])
+        rows = hidden[a:b] if index is None else hidden.index_select(0, index[a:b])
         part, grad = backend.forward_with_gradients(
             rows, targets[a:b], head, buffer[: b - a], stats
         )

@@ -18,10 +18,10 @@ class KeptRows:
     """
 
     def __init__(
-        self, hidden: Tensor, index: Tensor | None, rows: int, head: Head, by: Elementwise
+        self, hidden: Tensor, places: Tensor | None, rows: int, head: Head, by: Elementwise
     ) -> None:
         self.by, self.dtype, self.positions = by, hidden.dtype, len(hidden)
-        self.index = torch.arange(rows, device=hidden.device) if index is None else index
+        self.index = torch.arange(rows, device=hidden.device) if places is None else places
         # Laid out at the end only.
         self.compact = hidden.dtype not in (torch.bfloat16, head.accumulate_dtype)
         self.places = self.index  # in high

@@ -103,8 +103,9 @@ class _Live(NamedTuple):
 class _Gradients:
     """Gradients but for the upstream one.
 
-    Of several groups the head's is summed as they come. Of one, its rows stay where they are until
-    the backward: there the upstream gradient is known, and the head's is written once.
+    Of several groups the head's is summed as they come, and where it is added to a buffer of the
+    caller's, times the upstream gradient that was promised. Of one, its rows stay where they are
+    until the backward: there the upstream gradient is known, and the head's is written once.
     """
 
     def __init__(
@@ -113,7 +114,8 @@ class _Gradients:
         self.head, self.backend, self.defers = head, backend, defers
         self.kept: KeptRows | None = None
         if hidden.requires_grad:
-            self.kept = KeptRows(hidden, rows.index, len(rows.targets), head, backend.elementwise)
+            places = rows.index if rows.places is None else rows.places
+            self.kept = KeptRows(hidden, places, len(places), head, backend.elementwise)
         self.parameters = [
             x.detach() if x is not None and x.requires_grad else None
             for x in (head.weight, head.bias, head.frozen_scale)
@@ -146,6 +148,8 @@ class _Gradients:
     def _of_head(self, which: int, upstream: Tensor | None) -> Tensor | None:
         parameter, total = self.parameters[which], self.totals[which]
         self.totals[which] = None
+        if which == 0 and self.head.weight_grad is not None:
+            return None
         if parameter is None or total is None:
             return None if parameter is None else torch.zeros_like(parameter)
         if upstream is None:
@@ -160,12 +164,17 @@ class _Gradients:
         for i, parameter in enumerate(self.parameters):
             if parameter is None:
                 continue
+            into = self.head.weight_grad if i == 0 else None
             total = self.totals[i]
             if total is None:
                 slot = parameter if i == 0 else parameter[:, None]
-                total = new_total(slot.to(wide) if i == 2 else slot, self.head, groups=groups)
-                self.totals[i] = total
-            rows, inverse = fitted_rows(self.backend.elementwise, self._rows_of(i, operand), factor)
+                slot = slot.to(wide) if i == 2 else slot
+                total = self.totals[i] = new_total(slot, self.head, groups=groups, into=into)
+            of_rows = factor
+            if into is not None and not self.defers:
+                of_rows = factor * self.head.weight_grad_scale
+            rows = self._rows_of(i, operand)
+            rows, inverse = fitted_rows(self.backend.elementwise, rows, of_rows)
             if i == 2:
                 add_scale_gradient(total, gradient, rows, inverse, self.head)
             else:

@@ -56,15 +56,18 @@ class Prompts:
             name: x.detach() if len(x) == prompts else x.detach().view(responses, -1)
             for name, x in (extras or {}).items()
         }
-        self.weighted_lengths = weighted_lengths and rows.weights is not None
+        # Else they are numbers of rows, which the host knows.
+        self.has_lengths = weighted_lengths or rows.scored is not None
+        self.lengths = rows.lengths.view(responses, -1)
         self.mean_lengths: tuple[float | Tensor, ...]
-        if weighted_lengths and rows.weights is not None:
-            sums = rows.sums(torch.ones_like(rows.weights, dtype=torch.float64))
-            lengths = rows.in_batch_order(sums).clamp(min=torch.finfo(torch.float32).tiny)
+        if weighted_lengths:
+            ones = torch.ones(rows.targets.shape, dtype=torch.float64, device=rows.targets.device)
+            lengths = rows.in_batch_order(rows.sums(ones))
+            lengths = lengths.clamp(min=torch.finfo(torch.float32).tiny)
             self.lengths = lengths.view(responses, -1)
-            self.mean_lengths = tuple(self.lengths.mean(1).unbind())
+        if self.has_lengths:
+            self.mean_lengths = tuple(self.lengths.double().mean(1).unbind())
         else:
-            self.lengths = rows.lengths.view(responses, -1)
             of_responses = zip(*by_prompt, strict=True)
             self.mean_lengths = tuple(sum(counts) / prompts for counts in of_responses)
 
@@ -182,7 +185,7 @@ class Prompts:
             token_weights=self.rows.weights_of(2 * first, 2 * last),
             pair_weights=self.weights,
             betas=self.betas,
-            lengths=self.lengths if self.weighted_lengths else None,
+            lengths=self.lengths if self.has_lengths else None,
         )
 
     def refuse_coupled(

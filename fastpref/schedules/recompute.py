@@ -13,6 +13,7 @@ from fastpref.schedules.autograd import ROWS_AT_ONCE
 def recomputed_gradients(
     hidden: Tensor,  # (M, H)
     index: Tensor | None,  # (n,) rows of hidden, None for all
+    places: Tensor | None,  # (n,) where their gradients go, None for all
     targets: Tensor,  # (n,)
     head: Head,
     lse: Tensor,  # (n,)
@@ -26,13 +27,14 @@ def recomputed_gradients(
     live = _live_rows(coef, None if entropy is None else entropy[1])
     if live is not None:
         index = live if index is None else index[live]
+        places = live if places is None else places[live]
         targets, lse, coef = targets[live], lse[live], coef[live]
         entropy = None if entropy is None else (entropy[0][live], entropy[1][live])
     rows = hidden if index is None else hidden.index_select(0, index)
     found = backend.recompute_backward(rows, targets, head, lse, coef, entropy, tile, wants)
     del rows
     if found.hidden is not None:
-        found.hidden = _at_rows(found.hidden, index, hidden)
+        found.hidden = _at_rows(found.hidden, places, hidden)
     return found
 
 
@@ -44,11 +46,11 @@ def _live_rows(coef: Tensor, of_entropy: Tensor | None) -> Tensor | None:
     return None if live.all() else live.nonzero().flatten()
 
 
-def _at_rows(grad_rows: Tensor, index: Tensor | None, hidden: Tensor) -> Tensor:
+def _at_rows(grad_rows: Tensor, places: Tensor | None, hidden: Tensor) -> Tensor:
     """Rows of the gradient in hidden's layout and dtype."""
-    if index is None:
+    if places is None:
         return rounded_in_place(grad_rows, hidden.dtype)
     whole = torch.zeros_like(hidden)
-    for some, rows in zip(index.split(ROWS_AT_ONCE), grad_rows.split(ROWS_AT_ONCE), strict=True):
+    for some, rows in zip(places.split(ROWS_AT_ONCE), grad_rows.split(ROWS_AT_ONCE), strict=True):
         whole.index_copy_(0, some, rows.to(hidden.dtype))
     return whole

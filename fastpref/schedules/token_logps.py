@@ -31,23 +31,28 @@ class TokenLogps(torch.autograd.Function):
         frozen_scale: Tensor | None,  # (V,)
         targets: Tensor,  # (n,)
         index: Tensor | None,  # (n,) rows of hidden, None for all
+        places: Tensor | None,  # (n,) where their gradients go, None for `index`
         head: Head,  # scalars; its tensors are replaced by the arguments
         plan: Plan,
         backend: Backend,
         stats: tuple[str, ...],
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
+        places = index if places is None else places
         with no_autocast(hidden):
             kept = None
             if plan.schedule == "frozen_head":
-                found, kept = rows_of_gradient(hidden, index, targets, head, plan, backend, stats)
+                found, kept = rows_of_gradient(
+                    hidden, index, places, targets, head, plan, backend, stats
+                )
             else:
                 found = backend.forward(hidden, index, targets, head, plan.tile, stats)
         entropy = found.extra.get("entropy")
         of_head = weight, bias, head.frozen_weight, frozen_scale
-        ctx.save_for_backward(hidden, *of_head, targets, index, found.lse, entropy)
+        ctx.save_for_backward(hidden, *of_head, targets, index, places, found.lse, entropy)
         ctx.kept = kept
-        ctx.settings = (head.logit_scale, head.softcap, head.temperature, head.compute_dtype)
+        scalars = head.logit_scale, head.softcap, head.temperature, head.compute_dtype
+        ctx.scalars, ctx.weight_grad = scalars, head.weight_grad
         ctx.plan, ctx.backend, ctx.stats = plan, backend, stats
         ctx.mark_non_differentiable(*(found.extra[name] for name in stats if name != "entropy"))
         return found.logps, *(found.extra[name] for name in stats)
@@ -55,7 +60,7 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, coef: Tensor | None, *of_stats: Tensor | None) -> tuple:
-        hidden, weight, bias, *of_frozen, targets, index, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, *of_frozen, targets, index, places, lse, entropy = ctx.saved_tensors
         of_entropy = dict(zip(ctx.stats, of_stats, strict=True)).get("entropy")
         wants = tuple(ctx.needs_input_grad[:4])
         if coef is None:
@@ -65,13 +70,14 @@ class TokenLogps(torch.autograd.Function):
         if not keeps:  # autograd lets go of saved tensors only
             ctx.kept = None
         if kept is not None and of_entropy is None:
-            return kept.times(coef, coef.new_ones(()), keeps=keeps), *[None] * 9
+            return kept.times(coef, coef.new_ones(()), keeps=keeps), *[None] * 10
         with no_autocast(hidden):
             found = recomputed_gradients(
                 hidden,
                 index,
+                places,
                 targets,
-                Head(weight, bias, *ctx.settings, *of_frozen),
+                Head(weight, bias, *ctx.scalars, *of_frozen, ctx.weight_grad),
                 lse,
                 coef,
                 None if of_entropy is None else (entropy, of_entropy),
@@ -79,4 +85,4 @@ class TokenLogps(torch.autograd.Function):
                 wants,
                 ctx.backend,
             )
-        return found.hidden, found.weight, found.bias, found.frozen_scale, *[None] * 6
+        return found.hidden, found.weight, found.bias, found.frozen_scale, *[None] * 7

@@ -132,7 +132,13 @@ def _ratio(ratio: dict[str, float] | None) -> str:
 
 
 def markdown_tables(results: dict[str, Any]) -> dict[str, str]:
-    """Tables of a run by name, as the README shows them between `<!-- name -->` markers."""
+    """Tables of a run by name, as the README shows them between `<!-- name -->` markers.
+
+    Args:
+        results: bench.json, or what `bench/on_gpu.py confirm` has written.
+    """
+    if results.get("stage") == "confirm":
+        return {"gpu": _markdown_gpu(results), "gpu training": _markdown_gpu_training(results)}
     return {
         "speed": _markdown_speed(results),
         "pairs": _markdown_pairs(results),
@@ -213,6 +219,67 @@ def _markdown_training(results: dict[str, Any]) -> str:
     return _markdown(["", "a step", "of DPOTrainer", "peak memory"], rows)
 
 
+def _markdown_gpu(results: dict[str, Any]) -> str:
+    """Times and peaks of every peer, the goals beside what they are of."""
+    parts = _parts(results)
+    rows = []
+    for head, label in (
+        ("head trains", ""),
+        ("head frozen", ", head frozen"),
+        ("small", ", small"),
+    ):
+        times, peaks = parts.get(f"times, {head}", {}), parts.get(f"peaks, {head}", {})
+        of = {row["what"]: row["peak MB"] for row in peaks.get("of", [])}
+        goals: dict[str, list[str]] = {}
+        for goal in times.get("goals", []) + peaks.get("goals", []):
+            goals.setdefault(goal["goal"], []).append(_goal(goal))
+        timed = {row["what"]: row for row in times.get("of", [])}
+        for name in dict.fromkeys([*timed, *of]):
+            row = timed.get(name, {})
+            cells = [
+                f"{row['ms']['median']:.2f} ms" if row else "",
+                _ratio(row.get("of naive") or None),
+                f"{of[name]:,.0f} MB" if name in of else "",
+                "; ".join(goals.get(name, [])),
+            ]
+            emphasised = f"**{name}**" if name.startswith("fastpref") else name
+            rows.append([emphasised + label, *cells])
+    hardware = results["environment"]["hardware"]
+    return _markdown([hardware, "time", "of naive", "peak memory", "goals"], rows)
+
+
+def _goal(goal: dict[str, Any]) -> str:
+    """What was found, of what, and what was wanted."""
+    if goal["met"] is None:
+        return f"not measured: {goal['why']}"
+    found, sign = goal["found"], "≤" if "at most" in goal else "≥"
+    value = f"{found['median']:.2f}" if isinstance(found, dict) else f"{found:,.1f}"
+    of = "" if goal["than"] in ("MB", "TFLOP/s") else "of "
+    limit = goal.get("at most", goal.get("at least"))
+    return f"{value} {of}{goal['than']} ({'met' if goal['met'] else 'missed'}, {sign} {limit:,g})"
+
+
+def _markdown_gpu_training(results: dict[str, Any]) -> str:
+    found = _parts(results).get("training step", {})
+    rows = [
+        [
+            f"**{row['step']}**" if row["step"] in OURS else row["step"],
+            f"{row['ms']['median']:.1f} ms",
+            _ratio(row["of naive"]),
+            f"{row['peak MB']:,.0f} MB",
+        ]
+        for row in found.get("of", [])
+    ]
+    return _markdown(
+        [found.get("model", "not measured"), "a step", "of naive", "peak memory"], rows
+    )
+
+
+def _parts(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Results of the parts that are done."""
+    return {part["name"]: part["result"] for part in results["parts"] if part["status"] == "done"}
+
+
 def _markdown_predicted() -> str:
     """Arithmetic, no measurement: an 8 B model's head on a GPU, as `fastpref plan` has it."""
     rows = []
@@ -258,6 +325,17 @@ def regressions(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
     return found
 
 
+def main(readme: Path, source: Path) -> None:
+    """Renews the tables of `readme` that come from `source`; ends where there is none to renew."""
+    results, text = json.loads(source.read_text()), readme.read_text()
+    if results["environment"].get("rehearsal"):
+        sys.exit(f"{source} is a rehearsal: its numbers mean nothing")
+    tables = markdown_tables(results)
+    if not any(f"<!-- {name} -->" in text for name in tables):
+        markers = ", ".join(f"<!-- {name} --> … <!-- end {name} -->" for name in tables)
+        sys.exit(f"{readme} has no place for these tables: put {markers} where they belong")
+    readme.write_text(insert_tables(text, tables))
+
+
 if __name__ == "__main__":
-    readme, source = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    readme.write_text(insert_tables(readme.read_text(), markdown_tables(source)))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

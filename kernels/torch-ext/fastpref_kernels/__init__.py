@@ -10,7 +10,7 @@ __all__ = ["HAS_TRITON", "unavailable_reason"]
 
 if HAS_TRITON:
     from .cases import CompileCase, compile_cases
-    from .configs import Epilogue, exponentials_by, forward_by, hidden_gradient_by
+    from .configs import Epilogue, choice
     from .ops import (
         OPERATORS,
         accumulate_,
@@ -44,13 +44,11 @@ if HAS_TRITON:
         "Epilogue",
         "accumulate_",
         "add_weight_gradient_",
+        "choice",
         "compile_cases",
-        "exponentials_by",
         "fitted",
-        "forward_by",
         "gradients_",
         "hidden_gradient_",
-        "hidden_gradient_by",
         "keep_",
         "merge_statistics",
         "new_partials",

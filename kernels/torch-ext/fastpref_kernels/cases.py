@@ -18,16 +18,14 @@ from .configs import (
     rows_config,
     weight_gradient_config,
 )
-from .forward import BAND, projection_kernel
+from .forward import projection_kernel
 from .gradients import gradients_kernel
-from .hidden_gradient import BAND as BAND_N
 from .hidden_gradient import hidden_gradient_kernel
 from .operands import fitted_kernel, keep_kernel, take_kernel
 from .pairs import BLOCK_TOKENS, LINKS, pair_weighting_kernel
 from .partials import MERGE_N, MERGE_T, merge_kernel
 from .rows import row_exponentials_kernel, row_gradients_kernel
 from .scale import BLOCK_ELEMENTS, scale_kernel
-from .weight_gradient import BAND as BAND_H
 from .weight_gradient import BLOCK_ELEMENTS as BLOCK_SUMMED
 from .weight_gradient import accumulate_kernel, weight_gradient_kernel
 
@@ -80,21 +78,21 @@ def compile_cases(architecture: str) -> list[CompileCase]:
         ),
         _merge(rich=False),
         _merge(rich=True),
-        _row_exponentials(rich=False),
-        _row_exponentials(rich=True),
-        _row_exponentials(rich=False, out="fp16"),
-        _row_exponentials(rich=True, out="fp16"),
-        _row_gradients(half, rich=False),
-        _row_gradients(half, rich=False, at_target=False),
-        _row_gradients(half, rich=True),
+        _row_exponentials(architecture, rich=False),
+        _row_exponentials(architecture, rich=True),
+        _row_exponentials(architecture, rich=False, out="fp16"),
+        _row_exponentials(architecture, rich=True, out="fp16"),
+        _row_gradients(architecture, half, rich=False),
+        _row_gradients(architecture, half, rich=False, at_target=False),
+        _row_gradients(architecture, half, rich=True),
         _pairs(rich=False),
         _pairs(rich=True),
         _scale(torch.float32),
         _scale(half),
         _scale(half, split=True),
-        _gradients(torch.float16, softcap=False),
-        _gradients(torch.float16, softcap=True),
-        _gradients(torch.float32, softcap=False),
+        _gradients(architecture, torch.float16, softcap=False),
+        _gradients(architecture, torch.float16, softcap=True),
+        _gradients(architecture, torch.float32, softcap=False),
         _weight_gradient(architecture, add=True),
         _weight_gradient(architecture, add=False),
         _weight_gradient(architecture, add=False, dtype=torch.float32),
@@ -104,11 +102,11 @@ def compile_cases(architecture: str) -> list[CompileCase]:
         _hidden_gradient(architecture, torch.float32),
         _hidden_gradient(architecture, torch.float16, split=False),
         _accumulate(),
-        _fitted(rows=True),
-        _fitted(rows=False),
-        _keep(),
-        _take(half, split=True),
-        _take(torch.float32, split=False),
+        _fitted(architecture, rows=True),
+        _fitted(architecture, rows=False),
+        _keep(architecture),
+        _take(architecture, half, split=True),
+        _take(architecture, torch.float32, split=False),
     ]
     if projection_config(architecture, half, rich=False, softcap=False).descriptors:
         # Where rows or weight are not 16-byte aligned.
@@ -163,7 +161,7 @@ def _projection(
             "HIDDEN_SIZE": _HIDDEN_SIZE,
             "HAS_DESCRIPTORS": descriptors,
             "UPCAST": False,
-            "BAND": BAND,
+            "BAND": config.band,
         }
         | _blocks(config),
         aligned=("hidden_stride", "weight_stride", "out_stride", "columns"),
@@ -185,8 +183,8 @@ def _merge(*, rich: bool) -> CompileCase:
     )
 
 
-def _row_exponentials(*, rich: bool, out: str | None = None) -> CompileCase:
-    config = rows_config()
+def _row_exponentials(architecture: str, *, rich: bool, out: str | None = None) -> CompileCase:
+    config = rows_config(architecture)
     return _case(
         row_exponentials_kernel,
         ", ".join(["all statistics"] * rich + ["exponentials"] * (out is not None)),
@@ -201,8 +199,10 @@ def _row_exponentials(*, rich: bool, out: str | None = None) -> CompileCase:
     )
 
 
-def _row_gradients(dtype: torch.dtype, *, rich: bool, at_target: bool = True) -> CompileCase:
-    config = rows_config()
+def _row_gradients(
+    architecture: str, dtype: torch.dtype, *, rich: bool, at_target: bool = True
+) -> CompileCase:
+    config = rows_config(architecture)
     return _case(
         row_gradients_kernel,
         ", ".join([_NAMES[dtype]] + ["entropy"] * rich + ["without the target"] * (not at_target)),
@@ -225,7 +225,7 @@ def _pairs(*, rich: bool) -> CompileCase:
     return _case(
         pair_weighting_kernel,
         "every ingredient" if rich else "log-sigmoid",
-        _types(pair_weighting_kernel, offsets_ptr="*i64", numbers_ptr="*fp64"),
+        _types(pair_weighting_kernel, offsets_ptr="*i64"),
         flags
         | _absent(
             "weights_ptr",
@@ -257,8 +257,8 @@ def _scale(dtype: torch.dtype, *, split: bool = False) -> CompileCase:
     )
 
 
-def _gradients(dtype: torch.dtype, *, softcap: bool) -> CompileCase:
-    config = rows_config()
+def _gradients(architecture: str, dtype: torch.dtype, *, softcap: bool) -> CompileCase:
+    config = rows_config(architecture)
     peak_block = 256
     return _case(
         gradients_kernel,
@@ -300,7 +300,7 @@ def _weight_gradient(
             "ADD": add,
             "HAS_DESCRIPTORS": config.descriptors,
             "UPCAST": False,
-            "BAND": BAND_H,
+            "BAND": config.band,
         }
         | _absent("low_ptr", unless=split)
         | _blocks(config),
@@ -344,7 +344,7 @@ def _hidden_gradient(
             "DTYPE": tl.bfloat16 if fits else tl.float16,
             "HAS_DESCRIPTORS": config.descriptors,
             "UPCAST": False,
-            "BAND": BAND_N,
+            "BAND": config.band,
         }
         | _absent("low_ptr", unless=split)
         | _absent("bound_ptr", unless=fits)
@@ -366,8 +366,9 @@ def _accumulate() -> CompileCase:
     )
 
 
-def _fitted(*, rows: bool) -> CompileCase:
+def _fitted(architecture: str, *, rows: bool) -> CompileCase:
     return _of_operands(
+        architecture,
         fitted_kernel,
         "rows with factors" if rows else "the head",
         _types(fitted_kernel, x_ptr="*bf16", out_ptr="*fp16", index_ptr="*i64"),
@@ -376,14 +377,17 @@ def _fitted(*, rows: bool) -> CompileCase:
     )
 
 
-def _keep() -> CompileCase:
+def _keep(architecture: str) -> CompileCase:
     types = _types(keep_kernel, high_ptr="*bf16", low_ptr="*i8", index_ptr="*i64")
-    return _of_operands(keep_kernel, "", types, {}, aligned=("columns", "high_stride"))
+    return _of_operands(
+        architecture, keep_kernel, "", types, {}, aligned=("columns", "high_stride")
+    )
 
 
-def _take(dtype: torch.dtype, *, split: bool) -> CompileCase:
+def _take(architecture: str, dtype: torch.dtype, *, split: bool) -> CompileCase:
     name = f"*{_NAMES[dtype]}"
     return _of_operands(
+        architecture,
         take_kernel,
         "halves" if split else _NAMES[dtype],
         _types(take_kernel, high_ptr=name, out_ptr=name, low_ptr="*i8", index_ptr="*i64"),
@@ -393,6 +397,7 @@ def _take(dtype: torch.dtype, *, split: bool) -> CompileCase:
 
 
 def _of_operands(
+    architecture: str,
     kernel: Any,
     variant: str,
     types: dict[str, str],
@@ -400,7 +405,7 @@ def _of_operands(
     *,
     aligned: tuple[str, ...],
 ) -> CompileCase:
-    config = operands_config()
+    config = operands_config(architecture)
     blocks = {"BLOCK_N": config.block_n, "BLOCK_H": config.block_v}
     warps = config.num_warps
     return _case(kernel, variant, types, constants | blocks, aligned=aligned, num_warps=warps)
@@ -433,10 +438,11 @@ def _case(
 
 
 def _types(kernel: Any, **special: str) -> dict[str, str]:
-    """int64 targets, fp32 other pointers and int32 numbers, but for the special ones."""
+    """As annotated; int64 targets, fp32 other pointers, int32 numbers, but for the special ones."""
     found = {}
-    for name in kernel.arg_names:
-        found[name] = "*fp32" if name.endswith("_ptr") else "i32"
+    for parameter in kernel.params:
+        usual = "*fp32" if parameter.name.endswith("_ptr") else "i32"
+        found[parameter.name] = parameter.annotation_type or usual
     if "targets_ptr" in found:
         found["targets_ptr"] = "*i64"
     return found | special

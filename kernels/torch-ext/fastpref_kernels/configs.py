@@ -1,27 +1,32 @@
-"""Fixed launch configurations, and what every launcher needs to know of the head.
+"""Launch configurations, read from files, and what every launcher needs to know of the head.
 
 Nothing is tuned at run time: batches differ in length at every step, and tuning on N would never
-end. Where measurements on a GPU prefer another shape, this file is the one to change; an
-environment variable tries one without changing it:
+end. `launch/` beside this module has a file for each architecture. What `fastpref tune` has
+measured on a GPU is in the same format, in `~/.cache/fastpref` or where FASTPREF_CONFIGS says, and
+replaces single entries of it:
 
-    FASTPREF_PROJECTION=128,256,64,8,3     BLOCK_N,BLOCK_V,BLOCK_H,warps,stages
-    FASTPREF_ROWS=1,4096,8                 BLOCK_N,BLOCK_V,warps
-    FASTPREF_WEIGHT_GRADIENT=library       or kernel: who multiplies for the head's gradient
-    FASTPREF_WEIGHT_TILES=64,128,256,8,3   BLOCK_N,BLOCK_V,BLOCK_H,warps,stages
-    FASTPREF_HIDDEN_GRADIENT=library       or kernel: who multiplies for that of hidden states
-    FASTPREF_HIDDEN_TILES=256,64,128,8,4   BLOCK_N,BLOCK_V,BLOCK_H,warps,stages
-    FASTPREF_FORWARD=library               who multiplies where statistics are all that is wanted
-    FASTPREF_EXPONENTIALS=library          and where exponentials are stored
+    {"device": "NVIDIA H200", "triton": "3.6.0",
+     "choices": {"forward": "library"},
+     "projection": {"plain": {"block_n": 128, "block_v": 256, "block_h": 64, "num_warps": 8,
+                              "num_stages": 4, "descriptors": true, "band": 8}}}
+
+Half-precision types share their entries: tiles of both have the same bytes and instructions.
 """
 
 import functools
+import json
 import math
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+import triton
 from torch import Tensor
 
 # Kernels that sum exponentials take logits in units of ln 2: what the hardware has is 2^x.
@@ -61,7 +66,7 @@ class Epilogue:
 
 @dataclass(frozen=True)
 class ProjectionConfig:
-    """Blocks of the projection: rows × vocabulary × hidden."""
+    """Blocks of a kernel that multiplies: rows × vocabulary × hidden."""
 
     block_n: int
     block_v: int
@@ -69,6 +74,14 @@ class ProjectionConfig:
     num_warps: int
     num_stages: int
     descriptors: bool = False  # operands by tensor descriptors (the bulk copy engine)
+    band: int = 8  # blocks that share the other operand's tiles while those are in the L2 cache
+
+    def __post_init__(self) -> None:
+        _check_blocks(self, least=16)
+        _check_number("num_stages", self.num_stages, 1, 16)
+        _check_number("band", self.band, 1, 1024)
+        if not isinstance(self.descriptors, bool):
+            raise ValueError(f"descriptors must be true or false, got {self.descriptors!r}")
 
 
 @dataclass(frozen=True)
@@ -79,91 +92,307 @@ class RowsConfig:
     block_v: int
     num_warps: int
 
+    def __post_init__(self) -> None:
+        _check_blocks(self, least=1)
 
-# Half precision. Over 8 warps, 128 × 256 accumulators are 128 registers a thread.
-_PROJECTION = {
-    # 64 KiB of shared memory: one stage of 128 × 64 and 128 × 64 is 32 KiB.
-    "gfx942": ProjectionConfig(128, 128, 64, 8, 2),
-    # 163 KiB would hold more stages, but two rounds of registers for 128 × 256 would spill.
-    "sm_80": ProjectionConfig(128, 128, 64, 8, 3),
-    # 99 KiB: three stages of 128 × 32 and 128 × 32.
-    "sm_86": ProjectionConfig(128, 128, 32, 8, 3),
-    # wgmma reads both operands from shared memory: 48 KiB a stage.
-    "sm_90": ProjectionConfig(128, 256, 64, 8, 3, descriptors=True),
-    # Accumulators live in tensor memory.
-    "sm_100": ProjectionConfig(128, 256, 64, 8, 3, descriptors=True),
-}
-# Statistics beyond log-sum-exp at 128 × 256 spill 880 bytes there.
-_PROJECTION_RICH = {"sm_100": ProjectionConfig(128, 128, 64, 8, 4, descriptors=True)}
-# A softcap keeps more of the tile alive at once than the large tile leaves registers for, the more
-# so where its slopes wait to be stored. There is room for another stage instead.
-_PROJECTION_SMALL = {
-    "sm_80": ProjectionConfig(128, 64, 64, 8, 3),
-    "sm_86": ProjectionConfig(128, 64, 32, 8, 3),
-    "sm_90": ProjectionConfig(128, 128, 64, 8, 4, descriptors=True),
-    "sm_100": ProjectionConfig(128, 64, 64, 8, 4, descriptors=True),
-}
-# Both at 128 × 128, and exponentials to be stored, spill 24 bytes.
-_PROJECTION_SMALLEST = {
-    "sm_90": ProjectionConfig(128, 64, 64, 8, 4, descriptors=True),
-}
-# fp32 multiplies without tensor cores, fp64 with few: small tiles, for exactness and not for speed.
-_PROJECTION_WIDE = ProjectionConfig(32, 64, 16, 4, 2)
-_PROJECTION_INTERPRETED = ProjectionConfig(16, 64, 32, 1, 1)
 
-# One row a program: 16 bytes a load, 8 loads a thread in flight, and no shared memory to speak of.
-_ROWS = RowsConfig(1, 8192, 8)
-# The interpreter costs the same for a large block as for a small one.
-_ROWS_INTERPRETED = RowsConfig(16, 256, 1)
+def _check_blocks(config: ProjectionConfig | RowsConfig, least: int) -> None:
+    """What Triton takes: powers of two, of which a matrix instruction wants 16."""
+    blocks = [field.name for field in fields(config) if field.name.startswith("block_")]
+    for name, lowest, highest in (*((b, least, 2**16) for b in blocks), ("num_warps", 1, 32)):
+        value = getattr(config, name)
+        _check_number(name, value, lowest, highest)
+        if value & (value - 1):
+            raise ValueError(f"{name} must be a power of two, got {value}")
 
-# The head's gradient: its own kernel, or the library's products slice by slice ("library").
-WEIGHT_GRADIENT_BY = "kernel"
-# Half precision, the sum is over rows: BLOCK_N is the depth of a step.
-_WEIGHT_GRADIENT = {
-    "gfx942": ProjectionConfig(64, 128, 128, 8, 2),
-    "sm_80": ProjectionConfig(64, 128, 128, 8, 3),
-    "sm_86": ProjectionConfig(32, 128, 128, 8, 3),
-    # 48 KiB a stage; the halves of the sum pass through the same memory.
-    "sm_90": ProjectionConfig(64, 128, 256, 8, 4, descriptors=True),
-    "sm_100": ProjectionConfig(64, 128, 256, 8, 4, descriptors=True),
-}
-# Addresses of pointer loads take registers too: at 128 × 256 they spill.
-_WEIGHT_GRADIENT_POINTERS = {
-    "sm_90": ProjectionConfig(64, 128, 128, 8, 4),
-    "sm_100": ProjectionConfig(64, 128, 128, 8, 4),
-}
-_WEIGHT_GRADIENT_INTERPRETED = ProjectionConfig(16, 32, 64, 1, 1)
 
-# Gradients of hidden states: likewise.
-HIDDEN_GRADIENT_BY = "kernel"
-# Half precision, the sum is over the vocabulary: BLOCK_V is the depth of a step.
-_HIDDEN_GRADIENT = {
-    "gfx942": ProjectionConfig(128, 64, 128, 8, 2),
-    "sm_80": ProjectionConfig(128, 64, 128, 8, 3),
-    "sm_86": ProjectionConfig(128, 32, 128, 8, 3),
-    # 64 rows of hidden a warp group, each of which is converted once; 48 KiB a stage.
-    "sm_90": ProjectionConfig(256, 64, 128, 8, 4, descriptors=True),
-    # What is converted passes through shared memory once more: of a float32 head 80 KiB a stage.
-    "sm_100": ProjectionConfig(256, 64, 128, 8, 3, descriptors=True),
-}
-# A quarter of the tile, or half of it, for half of the warps.
-_HIDDEN_GRADIENT_SMALL = {
-    "gfx942": ProjectionConfig(64, 64, 64, 4, 2),
-    "sm_80": ProjectionConfig(64, 64, 64, 4, 3),
-    "sm_86": ProjectionConfig(64, 32, 64, 4, 3),
-    "sm_90": ProjectionConfig(128, 64, 64, 4, 4, descriptors=True),
-    "sm_100": ProjectionConfig(128, 64, 64, 4, 4, descriptors=True),
-}
-# Pointer loads, and what is converted through shared memory.
-_HIDDEN_GRADIENT_POINTERS = {
-    "sm_90": ProjectionConfig(128, 64, 128, 8, 4),
-    "sm_100": ProjectionConfig(128, 64, 128, 8, 4),
-}
-_HIDDEN_GRADIENT_INTERPRETED = ProjectionConfig(32, 64, 32, 1, 1)
-_HIDDEN_GRADIENT_INTERPRETED_SMALL = ProjectionConfig(16, 64, 32, 1, 1)
+def _check_number(name: str, value: Any, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
 
-# Operands: several rows a program, for H is at most a few thousand.
-_OPERANDS = RowsConfig(4, 1024, 8)
+
+# --- what a file may hold -----------------------------------------------------------------------
+
+Entry = ProjectionConfig | RowsConfig | str | int
+Entries = dict[tuple[str, str], Entry]  # by kernel and variant, or "choices" and name
+
+# Each kernel, what describes a launch of it, and its variants: of all of them every file in
+# `launch/` has an entry.
+KERNELS: dict[str, tuple[type[ProjectionConfig | RowsConfig], tuple[str, ...]]] = {
+    # "rich": statistics beyond log-sum-exp; "pointers": what descriptors cannot point at; "wide":
+    # fp32 and fp64.
+    "projection": (
+        ProjectionConfig,
+        ("plain", "rich", "softcap", "rich softcap", "pointers", "wide"),
+    ),
+    "weight_gradient": (ProjectionConfig, ("plain", "pointers")),
+    # "small": where large tiles would leave processors without one.
+    "hidden_gradient": (ProjectionConfig, ("plain", "small", "pointers")),
+    "rows": (RowsConfig, ("plain",)),
+    "operands": (RowsConfig, ("plain",)),
+}
+# Who multiplies where either may, the kernel or the library; and columns of the library's products
+# that row kernels read.
+CHOICES: dict[str, tuple[str | int, ...]] = {
+    "forward": ("tiles", "library"),
+    "exponentials": ("tiles", "library"),
+    "weight_gradient": ("tiles", "library"),
+    "hidden_gradient": ("tiles", "library"),
+    "columns": (8192, 2048, 4096, 16384, 32768),
+}
+_ABOUT = ("device", "triton", "measured", "why")
+_LAUNCH = Path(__file__).parent / "launch"
+
+
+def read_entries(path: Path, device: str | None = None) -> Entries:
+    """The entries of a file.
+
+    Args:
+        device: name of the GPU that a tuned file must be for; None for a file of `launch/`.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: no JSON object, unknown keys, impossible values, another device or Triton; the
+            message says which.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+        if device is not None:
+            _check_about(content, device)
+        return entries_in(content)
+    except ValueError as problem:  # of JSON too
+        raise ValueError(f"{path}: {problem}") from problem
+
+
+def entries_in(content: dict[str, Any]) -> Entries:
+    """The entries of a file's content; a ValueError of what no file may hold."""
+    found: Entries = {}
+    for section, values in content.items():
+        if section in _ABOUT:
+            continue
+        _check_keys("sections", {section}, (*KERNELS, "choices", *_ABOUT))
+        if not isinstance(values, dict):
+            raise ValueError(f"{section} must be an object, got {values!r}")
+        known = CHOICES if section == "choices" else KERNELS[section][1]
+        _check_keys(section, values, known)
+        for name, value in values.items():
+            found[section, name] = _entry(section, name, value)
+    return found
+
+
+def _check_about(content: dict[str, Any], device: str) -> None:
+    here = {"device": device, "triton": triton.__version__}
+    for name, expected in here.items():
+        if content.get(name) != expected:
+            raise ValueError(
+                f"tuned for {name} {content.get(name)!r}, this is {expected!r}; "
+                "run `fastpref tune` here"
+            )
+
+
+def _check_keys(where: str, found: Any, known: Any) -> None:
+    unknown = sorted(set(found) - set(known))
+    if unknown:
+        raise ValueError(f"unknown {where} {unknown}; expected some of {list(known)}")
+
+
+def _entry(section: str, name: str, value: Any) -> Entry:
+    if section == "choices":
+        # True is 1 and 1.0 is 1, and neither is what a file should say.
+        if not any(value == each and type(value) is type(each) for each in CHOICES[name]):
+            raise ValueError(f"{name} must be one of {list(CHOICES[name])}, got {value!r}")
+        return cast(Entry, value)
+    kind = KERNELS[section][0]
+    names = [field.name for field in fields(kind)]
+    if not isinstance(value, dict):
+        raise ValueError(f"{section}, {name}: must be an object, got {value!r}")
+    _check_keys(f"settings of {section}, {name}:", value, names)
+    missing = [each for each in names if each not in value]
+    if missing:
+        raise ValueError(f"{section}, {name}: {missing} are missing")
+    try:
+        return kind(**value)
+    except ValueError as problem:
+        raise ValueError(f"{section}, {name}: {problem}") from problem
+
+
+# --- which of them hold -------------------------------------------------------------------------
+
+_trial: Entries = {}
+
+
+@contextmanager
+def trial(entries: Mapping[tuple[str, str], Entry]) -> Iterator[None]:
+    """Launches within use these entries in place of the files': for measurements and tests.
+
+    Of the whole process: backward passes run in threads of their own.
+    """
+    global _trial
+    before, _trial = _trial, {**_trial, **entries}
+    try:
+        yield
+    finally:
+        _trial = before
+
+
+@functools.cache
+def entries_of(where: torch.device | str) -> Entries:
+    """Of a device with what was tuned for it, or of an architecture by its name.
+
+    Raises:
+        ValueError: FASTPREF_CONFIGS names a file that cannot be used. One in the cache that cannot
+            be used is passed over with a warning.
+    """
+    if isinstance(where, str):
+        return read_entries(_LAUNCH / f"{_nearest(where)}.json")
+    return _with_tuned(entries_of(architecture(where)), device_name(where))
+
+
+def _with_tuned(shipped: Entries, device: str) -> Entries:
+    asked = os.environ.get("FASTPREF_CONFIGS")
+    if asked:
+        try:
+            return _fitting(shipped | read_entries(Path(asked), device))
+        except (OSError, ValueError) as problem:
+            raise ValueError(f"FASTPREF_CONFIGS: {problem}") from problem
+    path = tuned_path(device)
+    try:
+        if path.exists():
+            return _fitting(shipped | read_entries(path, device))
+        for other in path.parent.glob(f"{_slug(device)}-triton-*.json"):
+            raise ValueError(f"{other} is of another Triton, this is {triton.__version__}")
+    except (OSError, ValueError) as problem:
+        warnings.warn(
+            f"configurations tuned for {device} are not used: {problem}; "
+            "`fastpref tune` writes them anew",
+            stacklevel=2,
+        )
+    return shipped
+
+
+def _fitting(entries: Entries) -> Entries:
+    """Exponentials of a slice have one peak a block: slices end with one."""
+    columns = cast(int, entries["choices", "columns"])
+    block = cast(RowsConfig, entries["rows", "plain"]).block_v
+    if columns % block:
+        raise ValueError(f"columns, {columns}, must be a multiple of the rows' block_v, {block}")
+    return entries
+
+
+def tuned_path(device: str) -> Path:
+    """Where `fastpref tune` keeps what it finds for a GPU of this name and this Triton."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():
+        cache = Path.home() / ".cache"
+    return cache / "fastpref" / f"{_slug(device)}-triton-{triton.__version__}.json"
+
+
+def _slug(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """`sm_90`, `gfx942`, …; files of `launch/` are called so."""
+    if INTERPRETED:
+        return "interpreter"
+    if device.type == "cuda" and torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    if device.type == "cuda":
+        return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return device.type
+
+
+def device_name(device: torch.device) -> str:
+    """As the driver calls it: GPUs of one architecture differ in memory and clocks."""
+    if not INTERPRETED and device.type in ("cuda", "xpu"):
+        return torch.get_device_module(device).get_device_name(device)
+    return architecture(device)
+
+
+def _nearest(name: str) -> str:
+    """The file for an architecture: its own, or that of the one that asks least of its kind."""
+    if (_LAUNCH / f"{name}.json").exists():
+        return name
+    if name.startswith("sm_"):
+        number = int(name[3:])
+        # 12.x has mma.sync and 99 KiB, like 8.6 and 8.9; 10.3 is a 10.0.
+        return "sm_100" if 100 <= number < 120 else "sm_86"
+    return "gfx942"
+
+
+def _find(where: torch.device | str, section: str, name: str) -> Any:
+    found = _trial.get((section, name))
+    return entries_of(where)[section, name] if found is None else found
+
+
+# --- what launchers ask for ---------------------------------------------------------------------
+
+
+def projection_config(
+    where: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    rich: bool,
+    softcap: bool,
+    describable: bool = True,
+) -> ProjectionConfig:
+    """Of a device, or of an architecture by its name.
+
+    Args:
+        rich: there are statistics beyond log-sum-exp.
+        softcap: the head has one.
+        describable: tensor descriptors may point at the operands.
+    """
+    if dtype.itemsize > 2:
+        variant = "wide"
+    elif softcap:
+        variant = "rich softcap" if rich else "softcap"
+    elif not describable:
+        variant = "pointers"
+    else:
+        variant = "rich" if rich else "plain"
+    return _described(_find(where, "projection", variant), describable)
+
+
+def weight_gradient_config(
+    where: torch.device | str, *, describable: bool = True
+) -> ProjectionConfig:
+    """As `projection_config`; the sum is over rows: `block_n` is the depth of a step."""
+    variant = "plain" if describable else "pointers"
+    return _described(_find(where, "weight_gradient", variant), describable)
+
+
+def hidden_gradient_config(
+    where: torch.device | str, *, small: bool = False, describable: bool = True
+) -> ProjectionConfig:
+    """As `projection_config`; the sum is over the vocabulary: `block_v` is the depth of a step."""
+    variant = "small" if small else "plain" if describable else "pointers"
+    return _described(_find(where, "hidden_gradient", variant), describable)
+
+
+def _described(config: ProjectionConfig, describable: bool) -> ProjectionConfig:
+    return replace(config, descriptors=config.descriptors and describable)
+
+
+def rows_config(where: torch.device | str) -> RowsConfig:
+    """The configuration of the row kernels."""
+    return _find(where, "rows", "plain")
+
+
+def operands_config(where: torch.device | str) -> RowsConfig:
+    """The configuration of the kernels that walk along hidden states."""
+    return _find(where, "operands", "plain")
+
+
+def choice(name: str, where: torch.device | str) -> Any:
+    """One of `CHOICES`: what is taken there."""
+    return _find(where, "choices", name)
+
+
+# --- what every launcher needs ------------------------------------------------------------------
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager:
@@ -173,141 +402,9 @@ def device_of(tensor: Tensor) -> AbstractContextManager:
     return getattr(torch, tensor.device.type).device(tensor.device)
 
 
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """`sm_90`, `gfx942`, …; the key of the tables above."""
-    if device.type == "cuda" and torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    if device.type == "cuda":
-        return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    return device.type
-
-
-def projection_config(
-    name: str, dtype: torch.dtype, *, rich: bool, softcap: bool, describable: bool = True
-) -> ProjectionConfig:
-    """Of an architecture by its name.
-
-    Args:
-        rich: there are statistics beyond log-sum-exp.
-        softcap: the head has one.
-        describable: tensor descriptors may point at the operands.
-    """
-    if INTERPRETED:
-        found = _PROJECTION_INTERPRETED
-    elif dtype.itemsize > 2:
-        found = _PROJECTION_WIDE
-    else:
-        name = _nearest(name)
-        found = _PROJECTION[name]
-        if rich:
-            found = _PROJECTION_RICH.get(name, found)
-        # Addresses of pointer loads take registers too.
-        if softcap or (found.descriptors and not describable):
-            found = _PROJECTION_SMALL.get(name, found)
-        if softcap and rich:
-            found = _PROJECTION_SMALLEST.get(name, found)
-    return _or_asked("FASTPREF_PROJECTION", found, describable)
-
-
-# Who multiplies where either may: "tiles" is the projection kernel, "library" the library, whose
-# products the row kernel reads.
-FORWARD_BY = "tiles"
-EXPONENTIALS_BY = "tiles"
-
-
-def forward_by() -> str:
-    """Who multiplies where statistics are all that is wanted."""
-    return _multiplier("FASTPREF_FORWARD", FORWARD_BY, "tiles")
-
-
-def exponentials_by() -> str:
-    """Who multiplies where exponentials are stored."""
-    return _multiplier("FASTPREF_EXPONENTIALS", EXPONENTIALS_BY, "tiles")
-
-
-def _multiplier(variable: str, default: str, own: str) -> str:
-    found = os.environ.get(variable) or default
-    if found not in (own, "library"):
-        raise ValueError(f"{variable} must be {own!r} or 'library', got {found!r}")
-    return found
-
-
-def rows_config() -> RowsConfig:
-    """The configuration of the row kernels."""
-    asked = os.environ.get("FASTPREF_ROWS")
-    if asked:
-        return RowsConfig(*map(int, asked.split(",")))
-    return _ROWS_INTERPRETED if INTERPRETED else _ROWS
-
-
-def weight_gradient_by() -> str:
-    """Who multiplies for the head's gradient: "kernel" or "library"."""
-    return _multiplier("FASTPREF_WEIGHT_GRADIENT", WEIGHT_GRADIENT_BY, "kernel")
-
-
-def weight_gradient_config(name: str, *, describable: bool = True) -> ProjectionConfig:
-    """Of an architecture by its name, as `projection_config`."""
-    if INTERPRETED:
-        found = _WEIGHT_GRADIENT_INTERPRETED
-    else:
-        name = _nearest(name)
-        found = _WEIGHT_GRADIENT[name]
-        if found.descriptors and not describable:
-            found = _WEIGHT_GRADIENT_POINTERS[name]
-    return _or_asked("FASTPREF_WEIGHT_TILES", found, describable)
-
-
-def hidden_gradient_by() -> str:
-    """Who multiplies for gradients of hidden states: "kernel" or "library"."""
-    return _multiplier("FASTPREF_HIDDEN_GRADIENT", HIDDEN_GRADIENT_BY, "kernel")
-
-
-def hidden_gradient_config(
-    name: str, *, small: bool = False, describable: bool = True
-) -> ProjectionConfig:
-    """Of an architecture by its name, as `projection_config`.
-
-    Args:
-        small: of tiles for few rows.
-    """
-    if INTERPRETED:
-        found = _HIDDEN_GRADIENT_INTERPRETED_SMALL if small else _HIDDEN_GRADIENT_INTERPRETED
-    else:
-        name = _nearest(name)
-        found = (_HIDDEN_GRADIENT_SMALL if small else _HIDDEN_GRADIENT)[name]
-        if found.descriptors and not describable:
-            found = _HIDDEN_GRADIENT_POINTERS[name]
-    return _or_asked("FASTPREF_HIDDEN_TILES", found, describable)
-
-
-def _or_asked(variable: str, found: ProjectionConfig, describable: bool) -> ProjectionConfig:
-    asked = os.environ.get(variable)
-    if asked:
-        n, v, h, warps, stages = map(int, asked.split(","))
-        found = ProjectionConfig(n, v, h, warps, stages, found.descriptors)
-    return replace(found, descriptors=found.descriptors and describable)
-
-
-def operands_config() -> RowsConfig:
-    """The configuration of the kernels that walk along hidden states."""
-    return _ROWS_INTERPRETED if INTERPRETED else _OPERANDS
-
-
 def check_halves(high: Tensor, low: Tensor | None, shape: Sequence[int]) -> None:
     """A remainder belongs to bf16, is int8 and of this shape."""
     if low is not None and (high.dtype, low.dtype) != (torch.bfloat16, torch.int8):
         raise ValueError(f"halves must be bfloat16 and int8, got {high.dtype} and {low.dtype}")
     if low is not None and low.shape != tuple(shape):
         raise ValueError(f"low must have shape {tuple(shape)}, got {tuple(low.shape)}")
-
-
-def _nearest(name: str) -> str:
-    """The table's entry for an architecture: itself, or the one that asks least of its kind."""
-    if name in _PROJECTION:
-        return name
-    if name.startswith("sm_"):
-        number = int(name[3:])
-        # 12.x has mma.sync and 99 KiB, like 8.6 and 8.9; 10.3 is a 10.0.
-        return "sm_100" if 100 <= number < 120 else "sm_86"
-    return "gfx942"

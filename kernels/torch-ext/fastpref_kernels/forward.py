@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import INTERPRETED, UNIT, Epilogue, ProjectionConfig, architecture, projection_config
+from .configs import INTERPRETED, UNIT, Epilogue, ProjectionConfig, projection_config
 from .partials import Partials, finished, merge_into, new_partials, new_statistics
 from .primitives import head_epilogue, load_bias, store_tile
 
@@ -19,7 +19,6 @@ from .primitives import head_epilogue, load_bias, store_tile
 _LAUNCH_BYTES = 32 * 2**20
 # Bytes of the weight converted at a time where the products do not take its dtype.
 _CONVERTED_BYTES = 64 * 2**20
-BAND = 8  # row blocks that share the weight's tiles while those are in the L2 cache
 
 
 @triton.jit(
@@ -57,7 +56,7 @@ def projection_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BAND: tl.constexpr,
+    BAND: tl.constexpr,  # row blocks that share the weight's tiles
 ):
     row_blocks = tl.cdiv(rows, BLOCK_N)
     column_blocks = tl.cdiv(columns, BLOCK_V)
@@ -187,7 +186,7 @@ def configuration(
 ) -> ProjectionConfig:
     """How these operands are multiplied."""
     config = projection_config(
-        architecture(hidden.device),
+        hidden.device,
         dtype,
         rich=bool(stats),
         softcap=softcap is not None,
@@ -274,7 +273,7 @@ def _project(
         BLOCK_N=config.block_n,
         BLOCK_V=config.block_v,
         BLOCK_H=config.block_h,
-        BAND=BAND,
+        BAND=config.band,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -92,7 +92,7 @@ def gradients_(
             f"({rows}, {triton.cdiv(columns, block)}), got {tuple(peaks.shape)}"
         )
     if rows and columns:
-        config = rows_config()
+        config = rows_config(exponentials.device)
         gradients_kernel[(rows,)](
             exponentials,
             peaks,

@@ -17,7 +17,6 @@ from torch import Tensor
 from .configs import (
     INTERPRETED,
     ProjectionConfig,
-    architecture,
     check_halves,
     hidden_gradient_config,
 )
@@ -25,7 +24,6 @@ from .forward import _describable, _processors
 from .operands import fitted_power
 from .primitives import rounded, split, widened
 
-BAND = 8  # row blocks that share the head's tiles while those are in the L2 cache
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -170,7 +168,7 @@ def hidden_gradient_(
         BLOCK_N=config.block_n,
         BLOCK_V=config.block_v,
         BLOCK_H=config.block_h,
-        BAND=BAND,
+        BAND=config.band,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -180,11 +178,10 @@ def _configuration(
     rows: int, hidden_size: int, device: torch.device, describable: bool
 ) -> ProjectionConfig:
     """Small tiles where large ones would leave every second processor without one."""
-    name = architecture(device)
-    large = hidden_gradient_config(name, describable=describable)
+    large = hidden_gradient_config(device, describable=describable)
     if 2 * _tiles(rows, hidden_size, large) > _processors(device):
         return large
-    return hidden_gradient_config(name, small=True, describable=describable)
+    return hidden_gradient_config(device, small=True, describable=describable)
 
 
 def _tiles(rows: int, hidden_size: int, config: ProjectionConfig) -> int:

@@ -82,7 +82,7 @@ def fitted(
         raise ValueError("factor and factor_bound belong together: give both or neither")
     out, inverse = new_fitted(x, bound, index, factor, factor_bound)
     rows, columns = out.shape
-    config = operands_config()
+    config = operands_config(x.device)
     fitted_kernel[(max(1, triton.cdiv(rows, config.block_n)),)](  # of no rows an inverse too
         x,
         bound,
@@ -148,7 +148,7 @@ def keep_(
     """`wide` as split numbers: rows `index` of high, all rows of low."""
     check_halves(high, low, wide.shape)
     if wide.numel():
-        config = operands_config()
+        config = operands_config(wide.device)
         keep_kernel[(triton.cdiv(len(wide), config.block_n),)](
             wide,
             high,
@@ -221,7 +221,7 @@ def taken_(
     columns = high.shape[1]
     check_halves(high, low, (len(index), columns))
     if len(index) and columns:
-        config = operands_config()
+        config = operands_config(high.device)
         take_kernel[(triton.cdiv(len(index), config.block_n),)](
             high,
             low,

@@ -2,8 +2,8 @@
 
 A program owns one pair. It adds up both responses' tokens in float64 in one fixed order, evaluates
 the objective on the two sums, and writes each token's coefficient, `∂(Σ L / divisor) / ∂ℓ_t`. The
-objective comes as a formula of general ingredients, its numbers in a small vector and its choices
-as compile-time flags:
+objective comes as a formula of general ingredients, its numbers as arguments, which need no copy to
+the device, and its choices as compile-time flags:
 
     ρ_y = x_y, or x_y − log(1 − e^x_y) as log-odds     x_y = (ℓ_y − r_y) or ℓ_y, over n_y or not
     m   = scale (a_w ρ_w − a_l ρ_l) + shift + length_weight (n_w − n_l)
@@ -19,7 +19,6 @@ as compile-time flags:
 Both coefficients follow by the chain rule, written out below.
 """
 
-import functools
 from typing import Any, Protocol
 
 import torch
@@ -67,6 +66,12 @@ class Formula(Protocol):
     balance: Any  # None, or what has the fields of `fastpref.objectives.Balance`
     reward_scale: float
     beta_shifts: bool  # a pair's own β replaces shift by −1/(2β), and not scale by β
+
+
+@triton.jit
+def _float64(number):
+    """Of an argument; interpreted, it is a Python number, which may become float32."""
+    return tl.full((), number, tl.float64)
 
 
 @triton.jit
@@ -139,7 +144,6 @@ def pair_weighting_kernel(
     pair_weights_ptr,  # (total_pairs,)
     betas_ptr,  # (total_pairs,)
     lengths_ptr,  # (2, total_pairs)
-    numbers_ptr,  # (15,) float64
     sums_ptr,  # (2·pairs,) out
     losses_ptr,  # (pairs,) out
     coef_ptr,  # (n,) out
@@ -148,6 +152,21 @@ def pair_weighting_kernel(
     first,
     total_pairs,
     divisor,
+    scale: tl.float64,
+    shift: tl.float64,
+    length_weight: tl.float64,
+    label_smoothing: tl.float64,
+    weight: tl.float64,
+    nll_weight: tl.float64,
+    nll_least_score: tl.float64,
+    quality_scale: tl.float64,
+    focus_power: tl.float64,
+    focus_threshold: tl.float64,
+    chosen_exponent: tl.float64,
+    rejected_exponent: tl.float64,
+    floor: tl.float64,
+    ceiling: tl.float64,
+    reward_scale: tl.float64,
     LINK: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     USES_REFERENCE: tl.constexpr,
@@ -213,15 +232,13 @@ def pair_weighting_kernel(
         if LOG_ODDS:
             b_w, b_l = b_w + _log1m_exp(b_w), b_l + _log1m_exp(b_l)
         delta = b_w - b_l
-        alpha_w, alpha_l = tl.load(numbers_ptr + 10), tl.load(numbers_ptr + 11)
-        floor, ceiling = tl.load(numbers_ptr + 12), tl.load(numbers_ptr + 13)
-        a_w, clipped_w = _balance_coefficient(alpha_w, delta, floor, ceiling)
-        a_l, clipped_l = _balance_coefficient(alpha_l, -delta, floor, ceiling)
+        floor, ceiling = _float64(floor), _float64(ceiling)
+        a_w, clipped_w = _balance_coefficient(_float64(chosen_exponent), delta, floor, ceiling)
+        a_l, clipped_l = _balance_coefficient(_float64(rejected_exponent), -delta, floor, ceiling)
         clipped = (clipped_w | clipped_l).to(tl.float64)
 
     # The link and its derivative in m.
-    scale, shift = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
-    reward_scale = tl.load(numbers_ptr + 14)
+    scale, shift, reward_scale = _float64(scale), _float64(shift), _float64(reward_scale)
     if betas_ptr is not None:
         reward_scale = tl.load(betas_ptr + first + pair).to(tl.float64)
         if BETA_SHIFTS:
@@ -229,11 +246,11 @@ def pair_weighting_kernel(
         else:
             scale = reward_scale
     m = scale * (a_w * rho_w - a_l * rho_l) + shift
-    m += tl.load(numbers_ptr + 2) * (tokens_w - tokens_l)
+    m += _float64(length_weight) * (tokens_w - tokens_l)
     if LINK == 0:
         f, df = _softplus(-m), -_sigmoid(-m)
         if HAS_SMOOTHING:
-            noise = tl.load(numbers_ptr + 3)
+            noise = _float64(label_smoothing)
             f = (1.0 - noise) * f + noise * _softplus(m)
             df = (1.0 - noise) * df + noise * _sigmoid(m)
     elif LINK == 1:
@@ -241,14 +258,14 @@ def pair_weighting_kernel(
     else:
         f, df = m * m, 2.0 * m
 
-    weight = tl.load(numbers_ptr + 4)
+    weight = _float64(weight)
     if HAS_QUALITY:
-        quality = _sigmoid(tl.load(numbers_ptr + 7) * (s_w - s_l))
+        quality = _sigmoid(_float64(quality_scale) * (s_w - s_l))
         weight *= quality
     of_focus = weight * f * 0.0  # ∂L/∂u
     if HAS_FOCUS:
-        gamma = tl.load(numbers_ptr + 8)
-        u = scale * (policy_w - policy_l) - tl.load(numbers_ptr + 9)
+        gamma = _float64(focus_power)
+        u = scale * (policy_w - policy_l) - _float64(focus_threshold)
         focus = tl.exp(-gamma * _softplus(u))
         if not FOCUS_DETACHED:
             of_focus = -weight * f * gamma * _sigmoid(u) * focus
@@ -259,9 +276,9 @@ def pair_weighting_kernel(
     coef_l = -of_margin * a_l * slope_l - of_focus * scale * per_l
     nll = loss * 0.0
     if HAS_NLL:
-        nll = tl.load(numbers_ptr + 5)
+        nll = _float64(nll_weight)
         if NLL_GATED:
-            applies = (ratio_w < 0) & (s_w >= tl.load(numbers_ptr + 6))
+            applies = (ratio_w < 0) & (s_w >= _float64(nll_least_score))
             nll = tl.where(applies, nll, 0.0)
         per_nll = l_w * 0.0 + 1.0
         if NLL_NORMALIZED:
@@ -330,7 +347,6 @@ def weigh_pairs(
             pair_weights,
             betas,
             lengths,
-            _numbers(tuple(numbers), logps.device),
             sums,
             losses,
             coef,
@@ -339,6 +355,7 @@ def weigh_pairs(
             first,
             (len(offsets) - 1) // 2,
             divisor,
+            *numbers,
             *flags,
             BLOCK=BLOCK_TOKENS,
             num_warps=4,
@@ -348,7 +365,7 @@ def weigh_pairs(
 
 
 def numbers_of(formula: Formula) -> tuple[float, ...]:
-    """The formula's numbers in the order in which the kernel reads them."""
+    """The formula's numbers in the kernel's order."""
     gamma, tau = formula.focus or (0.0, 0.0)
     balance = formula.balance
     return (
@@ -396,9 +413,3 @@ def flags_of(formula: Formula) -> dict[str, Any]:
         "BALANCE_PER_TOKEN": balance is not None and balance.per_token,
         "BETA_SHIFTS": formula.beta_shifts,
     }
-
-
-@functools.lru_cache(maxsize=64)
-def _numbers(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """On the device once for each objective: a copy at every step would make the host wait."""
-    return torch.tensor(numbers, dtype=torch.float64, device=device)

@@ -143,7 +143,7 @@ def row_statistics(
 ) -> list[Tensor]:
     """Log-probabilities, log-sum-exps and further statistics of whole rows."""
     rows, vocabulary = products.shape
-    block, dtype = rows_config().block_v, products.dtype
+    block, dtype = rows_config(products.device).block_v, products.dtype
     found = new_statistics(stats, products, rows, dtype)
     partials = new_partials(products, rows, vocabulary, stats, dtype, block)
     of_tiles = partials.values, partials.best, partials.target_z
@@ -172,7 +172,7 @@ def row_exponentials(
     """What the projection leaves of its tiles, of products that are there."""
     rows, columns = products.shape
     _, tiles, _ = values.shape
-    config, names = rows_config(), stats.split()
+    config, names = rows_config(products.device), stats.split()
     if block != config.block_v:
         raise ValueError(f"tiles have {config.block_v} columns, got partials of {block}")
     if rows and columns:
@@ -223,7 +223,7 @@ def row_gradients_(
     grad = narrowed(products, dtype)
     epilogue = Epilogue(bias, logit_scale, softcap, temperature)
     if rows and columns:
-        config = rows_config()
+        config = rows_config(products.device)
         row_gradients_kernel[(triton.cdiv(rows, config.block_n),)](
             products,
             grad,

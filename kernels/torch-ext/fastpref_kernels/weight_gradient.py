@@ -15,18 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import (
-    INTERPRETED,
-    ProjectionConfig,
-    architecture,
-    check_halves,
-    weight_gradient_by,
-    weight_gradient_config,
-)
+from .configs import INTERPRETED, ProjectionConfig, check_halves, choice, weight_gradient_config
 from .forward import _describable, _processors
 from .primitives import joined, rounded, split, widened
 
-BAND = 16  # column blocks of the rows that share the gradient's tiles while those are in L2
 BLOCK_ELEMENTS = 2048  # of a sum without a product
 _PROGRAMS = 2048
 _SLICE_BYTES = 64 * 2**20  # of a library's product
@@ -76,7 +68,7 @@ def weight_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BAND: tl.constexpr,
+    BAND: tl.constexpr,  # column blocks of the rows that share the gradient's tiles
 ):
     scale = tl.load(scale_ptr)
     v_blocks = tl.cdiv(columns, BLOCK_V)
@@ -158,7 +150,7 @@ def add_weight_gradient_(
             for half in (high, low):
                 if half is not None:
                     half.zero_()
-    elif weight_gradient_by() == "library":
+    elif choice("weight_gradient", high.device) == "library":
         step = max(1, _SLICE_BYTES // (4 * rows.shape[1]))
         for first in range(0, len(high), step):
             part = slice(first, first + step)
@@ -166,7 +158,7 @@ def add_weight_gradient_(
             accumulate_(high[part], None if low is None else low[part], product, scale, add)
     else:
         describable = _describable(gradient, gradient.dtype) and _describable(rows, rows.dtype)
-        config = weight_gradient_config(architecture(high.device), describable=describable)
+        config = weight_gradient_config(high.device, describable=describable)
         _multiply(high, low, gradient, rows, scale, add, config)
 
 
@@ -204,7 +196,7 @@ def _multiply(
         BLOCK_N=config.block_n,
         BLOCK_V=config.block_v,
         BLOCK_H=config.block_h,
-        BAND=BAND,
+        BAND=config.band,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
