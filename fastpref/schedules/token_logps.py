@@ -60,7 +60,8 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, coef: Tensor | None, *of_stats: Tensor | None) -> tuple:
-        hidden, weight, bias, *of_frozen, targets, index, places, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, frozen_weight, frozen_scale, *of_rows = ctx.saved_tensors
+        targets, index, places, lse, entropy = of_rows
         of_entropy = dict(zip(ctx.stats, of_stats, strict=True)).get("entropy")
         wants = tuple(ctx.needs_input_grad[:4])
         if coef is None:
@@ -77,7 +78,14 @@ class TokenLogps(torch.autograd.Function):
                 index,
                 places,
                 targets,
-                Head(weight, bias, *ctx.scalars, *of_frozen, ctx.weight_grad),
+                Head(
+                    weight,
+                    bias,
+                    *ctx.scalars,
+                    frozen_weight=frozen_weight,
+                    frozen_scale=frozen_scale,
+                    weight_grad=ctx.weight_grad,
+                ),
                 lse,
                 coef,
                 None if of_entropy is None else (entropy, of_entropy),

@@ -46,7 +46,7 @@ def projection(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, HeadTensors]:
     """
     check_head(head)
     tokens = _tokens_of(head)
-    layer = head if tokens is None else tokens
+    layer: Any = head if tokens is None else tokens
     if not isinstance(layer, BaseTunerLayer):
         weight = whole(head.weight)
         return hidden.to(weight.device), weight, {"bias": whole(getattr(head, "bias", None))}
@@ -55,9 +55,10 @@ def projection(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, HeadTensors]:
     base: Any = layer.get_base_layer()
     weight, bias = whole(base.weight), whole(getattr(base, "bias", None))
     adapted = _Adapted(hidden.to(weight.device), weight)
-    given = layer.lora_A if tokens is None else tokens.trainable_tokens_delta
+    given: Any = getattr(layer, "lora_A" if tokens is None else "trainable_tokens_delta")
     unused = layer.disable_adapters or layer.merged
-    names = [] if unused else [name for name in layer.active_adapters if name in given]
+    active: list[str] = layer.active_adapters
+    names = [] if unused else [name for name in active if name in given]
     if not names:
         return adapted.hidden, weight, {"bias": bias}
     if tokens is not None:
@@ -82,9 +83,9 @@ def projection(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, HeadTensors]:
 def check_head(head: Any) -> None:
     """Raises ValueError where the head, or an adapter on it, is more than a projection."""
     tokens = _tokens_of(head)
-    layer = head if tokens is None else tokens
-    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-    weight = getattr(base, "weight", None)
+    layer: Any = head if tokens is None else tokens
+    base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    weight: Any = getattr(base, "weight", None)
     if weight is not None and not weight.is_floating_point():
         raise ValueError(
             f"the LM head is quantised ({type(base).__name__}, {weight.dtype}), and its loss needs "
@@ -109,12 +110,17 @@ def check_head(head: Any) -> None:
             "the LM head has an adapter and its own weight trains too, which would get no "
             "gradient: freeze it, or take the head out of target_modules"
         )
-    for name in layer.active_adapters if tokens is None else ():
+    if tokens is None:
+        _check_lora(layer)
+
+
+def _check_lora(layer: Any) -> None:
+    for name in layer.active_adapters:
         if name in layer.lora_A:
-            _check_lora(layer, name)
+            _check_variant(layer, name)
 
 
-def _check_lora(layer: Any, name: str) -> None:
+def _check_variant(layer: Any, name: str) -> None:
     variant = layer.lora_variant.get(name)
     if variant is None:
         return
