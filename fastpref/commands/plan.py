@@ -129,6 +129,12 @@ def estimates(
         # gradient, that written in 16 bits and read by each product that takes it.
         wanted = problem.hidden_grad + problem.head_grad
         of_logit = 4 + 4 * (schedule != "recompute") + 4 + 2 + 2 * wanted
+        if (
+            problem.keeps_half and schedule == "pair_groups"
+        ):  # written, and made a gradient in place
+            of_logit = 2 + 4 + 2 * wanted
+        elif problem.keeps_half and schedule == "frozen_head":  # written, and multiplied
+            of_logit = 4
         moved = of_logit * problem.rows * problem.vocabulary + _operands(problem, products)
         found.append(
             Estimate(
@@ -278,7 +284,9 @@ def _liger(problem: Problem) -> Estimate:
     of_hidden, of_head = _gradient_elements(problem)
     narrow = problem.dtype.itemsize
     of_pair = 2 * problem.total_rows // len(problem.counts)
-    extra = (of_hidden + 2 * of_head) * narrow + 3 * of_pair * problem.row_bytes
+    extra = (
+        of_hidden + 2 * of_head
+    ) * narrow + 3 * of_pair * problem.vocabulary * problem.element_bytes
     extra += workspace_bytes(problem, of_pair, problem.vocabulary)
     moved = 40 * problem.rows * problem.vocabulary + _operands(problem, products)
     return Estimate("Liger DPO", products, products * _product(problem), extra, moved)
