@@ -51,8 +51,13 @@ class TokenLogps(torch.autograd.Function):
         of_head = weight, bias, head.frozen_weight, frozen_scale
         ctx.save_for_backward(hidden, *of_head, targets, index, places, found.lse, entropy)
         ctx.kept = kept
-        scalars = head.logit_scale, head.softcap, head.temperature, head.compute_dtype
-        ctx.scalars, ctx.weight_grad = scalars, head.weight_grad
+        ctx.settings = {
+            "logit_scale": head.logit_scale,
+            "softcap": head.softcap,
+            "temperature": head.temperature,
+            "compute_dtype": head.compute_dtype,
+            "weight_grad": head.weight_grad,
+        }
         ctx.plan, ctx.backend, ctx.stats = plan, backend, stats
         ctx.mark_non_differentiable(*(found.extra[name] for name in stats if name != "entropy"))
         return found.logps, *(found.extra[name] for name in stats)
@@ -81,10 +86,9 @@ class TokenLogps(torch.autograd.Function):
                 Head(
                     weight,
                     bias,
-                    *ctx.scalars,
                     frozen_weight=frozen_weight,
                     frozen_scale=frozen_scale,
-                    weight_grad=ctx.weight_grad,
+                    **ctx.settings,
                 ),
                 lse,
                 coef,
