@@ -66,6 +66,8 @@ def preference_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    frozen_weight: Tensor | None = None,  # (V, F)
+    frozen_scale: Tensor | None = None,  # (V,)
     reduction: str = "mean",
     backend: str = "auto",
     schedule: str = "auto",
@@ -107,6 +109,11 @@ def preference_loss(
         weighted_lengths: averages divide by a response's sum of token weights, which must not be
             negative then, and not by its number of tokens.
         bias: bias of the LM head.
+        frozen_weight: first columns `(V, F)` of a head `[frozen_weight | weight]`, which get no
+            gradient and are put together with weight's `(V, H − F)` some rows at a time. LoRA on
+            the head, without its effective weight, is hidden `[h | s·A h]`, weight B and this: 2 U
+            in place of 3.
+        frozen_scale: multiplies frozen_weight's rows and gets its gradient, at 1 U more.
         reduction: "mean" over prompts (one of weight 0 counts), "sum" or "none".
         backend: "auto", "torch", "triton" or "reference"; one that cannot run is an error.
         schedule: "auto", "frozen_head" (2 U), "pair_groups" (3 U) or "recompute" (4 U), where U is
@@ -150,7 +157,14 @@ def preference_loss(
             asynchronous assertion on an accelerator. So does an objective that couples pairs
             and does not say so, where its groups' losses are not those of all pairs together.
     """
-    head = HeadOptions(bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
+    head = HeadOptions(
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        frozen_weight=frozen_weight,
+        frozen_scale=frozen_scale,
+    )
     stats = _names(stats)
     check_head(hidden, weight, targets, **head, stats=stats, known_stats=_AVERAGED)
     prompts = check_sequences(
@@ -204,6 +218,8 @@ def sequence_logps(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    frozen_weight: Tensor | None = None,  # (V, F)
+    frozen_scale: Tensor | None = None,  # (V,)
     backend: str = "auto",
     schedule: str = "auto",
     logits_budget: int | None = None,
@@ -225,7 +241,14 @@ def sequence_logps(
         Sums of (weighted) token log-probabilities `(S,)`, nats, fp32, and numbers of scored tokens
         `(S,)`, int64. In batches of pairs, `ref_logps` is the first of the two.
     """
-    head = HeadOptions(bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
+    head = HeadOptions(
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        frozen_weight=frozen_weight,
+        frozen_scale=frozen_scale,
+    )
     check_head(hidden, weight, targets, **head)
     check_sequences(hidden, targets, cu_seqlens, token_weights)
     if capturable:
@@ -242,6 +265,8 @@ class _Options(TypedDict, total=False):
     logit_scale: float
     softcap: float | None
     temperature: float
+    frozen_weight: Tensor | None
+    frozen_scale: Tensor | None
     backend: str
     schedule: str
     logits_budget: int | None
@@ -277,6 +302,8 @@ def linear_logps(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    frozen_weight: Tensor | None = None,  # (V, F)
+    frozen_scale: Tensor | None = None,  # (V,)
     backend: str = "auto",
     schedule: str = "auto",
     logits_budget: int | None = None,
@@ -298,7 +325,14 @@ def linear_logps(
         Log-probabilities in targets' shape, nats, fp32, 0 where the target is -100; with `stats`
         a pair of them and a dictionary of further tensors of that shape.
     """
-    head = HeadOptions(bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
+    head = HeadOptions(
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        frozen_weight=frozen_weight,
+        frozen_scale=frozen_scale,
+    )
     stats = _names(stats)
     check_head(hidden, weight, targets, **head, stats=stats, known_stats=TOKEN_STATS)
     if capturable:

@@ -28,7 +28,9 @@ _ENOUGH_ROWS = 2048
 _TILE_SHARE = 8
 _MOST_TILE_BYTES = 64 * MIB
 _TILE_KERNEL_BYTES = 32 * MIB  # of an accelerator's own kernel: values of tiles, rows of a launch
+_SCALE_BYTES = 64 * MIB  # of the head's gradient and the head, where its scale's is made of them
 _TILE_COLUMNS = 256  # of its tiles
+_JOINED_ROWS = 4096  # of a head whose first columns are frozen, on a CPU
 _MIN_TILE_COLUMNS = 512
 _MAX_TILE_COLUMNS = 8192
 # The frozen head's rows carry a sum of H along every slice: few enough for it to stay in the cache,
@@ -95,6 +97,8 @@ class Problem:
             it is a new tensor.
         kept_dtype: of a group's logits while it waits for its coefficients, None for
             `accumulate_dtype`.
+        head_columns: of the head's weight that get a gradient, None for all.
+        scales: `frozen_scale` requires a gradient.
     """
 
     counts: tuple[int, ...]
@@ -109,6 +113,8 @@ class Problem:
     head_dtype: torch.dtype | None = None
     responses: int = 2
     kept_dtype: torch.dtype | None = None
+    head_columns: int | None = None
+    scales: bool = False
     weight_grad_dtype: torch.dtype | None = None
 
     @property
@@ -120,6 +126,12 @@ class Problem:
         """Scored rows of each prompt, all of its responses."""
         k = self.responses
         return [sum(self.counts[i : i + k]) for i in range(0, len(self.counts), k)]
+
+    @property
+    def trained_columns(self) -> int:
+        """Of the head, that get a gradient."""
+        columns = self.hidden_size if self.head_columns is None else self.head_columns
+        return columns * self.head_grad
 
     @property
     def element_bytes(self) -> int:
@@ -324,18 +336,41 @@ def _tile_of_least_traffic(problem: Problem, elements: int) -> tuple[int, int]:
 
 def _flop(problem: Problem, schedule: str, group_rows: int) -> int:
     product = 2 * problem.rows * problem.hidden_size * problem.vocabulary
-    wanted = problem.hidden_grad + problem.head_grad
+    columns = problem.trained_columns + problem.hidden_size * problem.scales
+    of_head = 2 * problem.rows * columns * problem.vocabulary
     if schedule == "forward":
         return product
     if schedule == "recompute":
-        return product * (2 + wanted)
+        return product * (2 + problem.hidden_grad) + of_head
     again = 0
     if schedule == "pair_groups":  # prompts beyond the budget are projected twice
         again = sum(rows for rows in problem.prompt_rows if rows > group_rows)
-    return product * (1 + wanted) + 2 * again * problem.hidden_size * problem.vocabulary
+    return (
+        product * (1 + problem.hidden_grad)
+        + of_head
+        + 2 * again * problem.hidden_size * problem.vocabulary
+    )
 
 
 def _extra_bytes(problem: Problem, schedule: str, held: int, tile: tuple[int, int]) -> int:
+    return _bytes_of(problem, schedule, held, tile) + _joined_bytes(problem)
+
+
+def _joined_bytes(problem: Problem) -> int:
+    """Of frozen and trained columns put together: all rows for kernels, else some at a time.
+
+    The gradient of a scale comes from slices of the head's.
+    """
+    if problem.head_columns is None:
+        return 0
+    scale = _SCALE_BYTES * problem.scales
+    if problem.device != "cpu":
+        return scale + problem.vocabulary * problem.hidden_size * problem.dtype.itemsize
+    rows = min(problem.vocabulary, _JOINED_ROWS)
+    return scale + rows * problem.hidden_size * problem.element_bytes
+
+
+def _bytes_of(problem: Problem, schedule: str, held: int, tile: tuple[int, int]) -> int:
     wide, narrow = problem.element_bytes, problem.dtype.itemsize
     tile_bytes = tile[0] * tile[1] * wide + workspace_bytes(problem, *tile)
     if problem.device == "cpu":  # whose products convert a slice of the head
@@ -361,7 +396,8 @@ def _recompute_bytes(problem: Problem, tile: tuple[int, int], tile_bytes: int) -
     is_cpu, converts = problem.device == "cpu", wide != narrow
     running = tile_bytes + rows * (narrow * gathers + wide * converts * is_cpu)
     sums = converts or problem.weight_grad_dtype is not None  # of a slice, beside where it goes
-    running += tile[1] * problem.hidden_size * wide * sums * problem.head_grad
+    running += tile[1] * problem.trained_columns * wide * sums
+    running += tile[1] * problem.hidden_size * wide * problem.scales
     if problem.keeps_half:  # operands of the gradients' products
         fitted = tile[1] * problem.hidden_grad + tile[0] * problem.head_grad
         running += fitted * problem.hidden_size * narrow
@@ -386,7 +422,7 @@ def _group_bytes(problem: Problem, held: int) -> int:
     of_rows = held * problem.hidden_size * narrow + max(of_rows, _partial_bytes(problem, held))
     group = held * problem.row_bytes + workspace_bytes(problem, held, problem.vocabulary) + of_rows
     kept, laid_out = _kept_bytes(problem)
-    head = problem.vocabulary * problem.hidden_size * problem.head_grad
+    head = problem.vocabulary * problem.trained_columns
     if problem.weight_grad_dtype is not None:
         splits = held != problem.rows and problem.weight_grad_dtype == torch.bfloat16
         return max(group, laid_out) + kept + head * splits
@@ -420,7 +456,7 @@ def _head_bytes(problem: Problem) -> int:
     if problem.weight_grad_dtype is not None:
         return 0
     of_head = (problem.head_dtype or problem.dtype).itemsize
-    return problem.vocabulary * problem.hidden_size * problem.head_grad * of_head
+    return problem.vocabulary * problem.trained_columns * of_head
 
 
 def naive_bytes(problem: Problem) -> int:

@@ -88,8 +88,8 @@ class Scheduled:
         divisor = len(rows.counts) // responses if reduction == "mean" else 1
         if plan.schedule == "pair_groups":
             loss, losses, logps, per_prompt, alignments, *extra = PairGroups.apply(
-                flat, weight, head.bias, rows, prompts, objective, divisor, head, plan,
-                self.backend, of_rows,
+                flat, weight, head.bias, head.frozen_scale, rows, prompts, objective, divisor,
+                head, plan, self.backend, of_rows,
             )  # fmt: skip
         else:
             per_row, *extra = self._of_rows(flat, head, rows, plan, of_rows)
@@ -128,11 +128,12 @@ class Scheduled:
         """Log-probabilities and statistics of the rows, in their order."""
         how = head, plan, self.backend, stats
         if rows.places is not None or len(rows.targets) < len(flat):
-            given = flat, head.weight, head.bias, rows.targets, rows.index, rows.places
-            return [*TokenLogps.apply(*given, *how)]
+            given = flat, head.weight, head.bias, head.frozen_scale
+            return [*TokenLogps.apply(*given, rows.targets, rows.index, rows.places, *how)]
         # Hidden is taken as it lies: it need not be copied to have its rows in another order.
         targets = torch.empty_like(rows.targets).index_copy_(0, rows.index, rows.targets)
-        found = TokenLogps.apply(flat, head.weight, head.bias, targets, None, None, *how)
+        given = flat, head.weight, head.bias, head.frozen_scale
+        found = TokenLogps.apply(*given, targets, None, None, *how)
         return [x.index_select(0, rows.index) for x in found]
 
     def sequence_logps(
@@ -173,7 +174,7 @@ class Scheduled:
             targets, index = targets[scored], on_device(scored, hidden.device)
         wanted = on_device(targets, hidden.device)
         plan = self._plan(hidden, head, len(wanted))
-        given = hidden, head.weight, head.bias, wanted, index, None
+        given = hidden, head.weight, head.bias, head.frozen_scale, wanted, index, None
         found = [*TokenLogps.apply(*given, head, plan, self.backend, stats)]
         if index is not None:
             found = [x.new_zeros(len(hidden)).index_copy(0, index, x) for x in found]
@@ -198,14 +199,17 @@ class Scheduled:
 
 
 def _head(hidden: Tensor, weight: Tensor, scalars: HeadOptions) -> Head:
-    return Head(weight, **scalars, compute_dtype=compute_dtype(hidden, weight))
+    frozen = scalars["frozen_weight"]
+    of_head = (weight,) if frozen is None else (weight, frozen)
+    return Head(weight, **scalars, compute_dtype=compute_dtype(hidden, *of_head))
 
 
 def _problem(
     flat: Tensor, head: Head, counts: list[int], responses: int, backend: Backend
 ) -> Problem:
     grad = torch.is_grad_enabled()
-    head_tensors = [x for x in (head.weight, head.bias) if x is not None]
+    of_head = head.weight, head.bias, head.frozen_scale
+    head_tensors = [x for x in of_head if x is not None]
     return Problem(
         counts=tuple(counts),
         hidden_size=flat.shape[1],
@@ -219,6 +223,8 @@ def _problem(
         head_dtype=head.weight.dtype,
         responses=responses,
         kept_dtype=backend.kept_dtype(head),
+        head_columns=None if head.frozen_weight is None else head.weight.shape[1],
+        scales=head.frozen_scale is not None and head.frozen_scale.requires_grad,
         weight_grad_dtype=None if head.weight_grad is None else head.weight_grad.dtype,
     )
 

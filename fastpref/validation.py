@@ -29,6 +29,8 @@ def check_head(
     logit_scale: float,
     softcap: float | None,
     temperature: float,
+    frozen_weight: Tensor | None = None,
+    frozen_scale: Tensor | None = None,
     stats: tuple[str, ...] = (),
     known_stats: tuple[str, ...] = (),
 ) -> None:
@@ -42,7 +44,9 @@ def check_head(
         raise ValueError(f"hidden must be (…, H), got {_describe(hidden)}")
     if weight.dim() != 2 or not len(weight):
         raise ValueError(f"weight must be (V, H) with V ≥ 1, got {_describe(weight)}")
-    if hidden.shape[-1] != weight.shape[1]:
+    if frozen_weight is not None or frozen_scale is not None:
+        _check_frozen(hidden, weight, frozen_weight, frozen_scale)
+    elif hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden has H = {hidden.shape[-1]} but weight is {tuple(weight.shape)}; "
             "expected weight (V, H) with the same H"
@@ -67,6 +71,33 @@ def check_head(
     vocabulary = len(weight)
     in_range = ((targets >= 0) & (targets < vocabulary)) | (targets == -100)
     require(in_range.all(), f"targets must be -100 or lie in [0, {vocabulary})", targets, in_range)
+
+
+def _check_frozen(
+    hidden: Tensor, weight: Tensor, frozen_weight: Tensor | None, frozen_scale: Tensor | None
+) -> None:
+    if frozen_weight is None:
+        raise ValueError("frozen_scale multiplies frozen_weight, which is missing")
+    for name, given in (("frozen_weight", frozen_weight), ("frozen_scale", frozen_scale)):
+        if given is not None and _tensor(name, given).dtype not in _FLOATS:
+            raise TypeError(f"{name} must be one of {_FLOATS}, got {_describe(given)}")
+        if given is not None:
+            _same_device(name, given, hidden)
+    if frozen_weight.dim() != 2 or len(frozen_weight) != len(weight):
+        raise ValueError(
+            f"frozen_weight must be ({len(weight)}, F), a row for each of weight's, got "
+            f"{_describe(frozen_weight)}"
+        )
+    if frozen_weight.requires_grad:
+        raise ValueError("frozen_weight gets no gradient, but requires one; detach it")
+    if frozen_scale is not None and frozen_scale.shape != weight.shape[:1]:
+        raise ValueError(f"frozen_scale must be ({len(weight)},), got {_describe(frozen_scale)}")
+    columns = frozen_weight.shape[1] + weight.shape[1]
+    if hidden.shape[-1] != columns:
+        raise ValueError(
+            f"hidden has H = {hidden.shape[-1]} but frozen_weight {tuple(frozen_weight.shape)} and "
+            f"weight {tuple(weight.shape)} have {columns} columns together"
+        )
 
 
 def _check_scalars(logit_scale: float, softcap: float | None, temperature: float) -> None:

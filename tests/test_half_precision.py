@@ -293,3 +293,43 @@ def test_what_a_gpu_is_verified_by(shape, dtype, cuts, tensor_cores, monkeypatch
     assert found.keys() == {"frozen_head", "pair_groups", "recompute"}
     for results in found.values():
         assert all(result.passed for result in results), results
+
+
+@pytest.mark.parametrize("schedule", ["pair_groups", "recompute"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+def test_a_head_whose_first_columns_are_frozen(tensor_cores, schedule, scaled):
+    """Its rows are rounded when they are put together, which the truth takes as given."""
+    draw = torch.Generator().manual_seed(3)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=draw).bfloat16()
+
+    hidden, frozen, weight = normal(4, 24, 40), normal(509, 32), normal(509, 8)
+    scale = (1 + 0.1 * normal(509)).bfloat16() if scaled else None
+    targets = torch.randint(509, (4, 24), generator=draw)
+
+    def gradients_of(hidden, frozen, weight, scale, **options):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, scale) if x is not None]
+        out = preference_loss(
+            leaves[0],
+            leaves[1],
+            targets,
+            DPO(beta=0.1),
+            ref_logps=torch.zeros(4, dtype=leaves[0].dtype),
+            frozen_weight=frozen,
+            frozen_scale=leaves[2] if scaled else None,
+            **options,
+        )
+        out.loss.backward()
+        return [leaf.grad for leaf in leaves]
+
+    with tensor_cores(False) as seen:
+        found = gradients_of(hidden, frozen, weight, scale, schedule=schedule, backend="torch")
+    assert set(seen.operands) == {torch.bfloat16, torch.float16}
+    hidden, frozen, weight = (x.double() for x in (hidden, frozen, weight))
+    if scaled:
+        scale = scale.double()
+        frozen = (scale[:, None] * frozen).bfloat16().double() / scale[:, None]
+    truth = gradients_of(hidden, frozen, weight, scale, backend="reference")
+    for ours, expected in zip(found, truth, strict=True):
+        assert relative(ours, expected) <= PROMISED

@@ -27,11 +27,16 @@ class HeadOptions(TypedDict):
     logit_scale: float
     softcap: float | None
     temperature: float
+    frozen_weight: Tensor | None
+    frozen_scale: Tensor | None
 
 
 @dataclass(frozen=True)
 class Head:
     """The LM head: `z = cap·tanh(scale·(W h + b) / cap) / temperature`.
+
+    W is `weight`, or `[frozen_scale ∘ frozen_weight | weight]`, of which only some rows at a time
+    are put together.
 
     `compute_dtype` is what the operands of matrix products are rounded to: autocast's dtype, or
     what torch promotes hidden's and weight's to. Accumulation and everything after it is in
@@ -39,13 +44,15 @@ class Head:
     `weight_grad_scale` where that cannot wait for the upstream gradient.
     """
 
-    weight: Tensor  # (V, H)
+    weight: Tensor  # (V, H), or (V, H − F)
     bias: Tensor | None  # (V,)
     logit_scale: float
     softcap: float | None
     temperature: float
     compute_dtype: torch.dtype
-    weight_grad: Tensor | None = None  # (V, H); None for a new tensor
+    frozen_weight: Tensor | None = None  # (V, F)
+    frozen_scale: Tensor | None = None  # (V,)
+    weight_grad: Tensor | None = None  # as weight; None for a new tensor
     weight_grad_scale: float = 1.0
 
     @property
@@ -54,13 +61,46 @@ class Head:
 
     @functools.cached_property
     def bound(self) -> Tensor:
-        """max |W| `()`, on its device; all of the weight is read once."""
-        return largest(self.weight)
+        """At least max |W| `()`, on its device; all of the weight is read once."""
+        found = largest(self.weight)
+        if self.frozen_weight is None:
+            return found
+        frozen = largest(self.frozen_weight).float()
+        if self.frozen_scale is not None:
+            frozen = frozen * largest(self.frozen_scale)
+        return torch.maximum(found, frozen)
+
+    @property
+    def frozen_columns(self) -> int:
+        """F, 0 where all of the head may train."""
+        return 0 if self.frozen_weight is None else self.frozen_weight.shape[1]
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.frozen_columns + self.weight.shape[1]
+
+    def rows(self, which: slice | Tensor) -> Tensor:
+        """Some rows of W, in compute_dtype."""
+        trained = self.weight[which].to(self.compute_dtype)
+        if self.frozen_weight is None:
+            return trained
+        frozen = self.frozen_weight[which]
+        if self.frozen_scale is not None:
+            frozen = frozen * self.frozen_scale[which, None]
+        return torch.cat([frozen.to(self.compute_dtype), trained], 1)
+
+    @functools.cached_property
+    def whole(self) -> Tensor:
+        """W `(V, H)`: `weight` itself, or a copy in compute_dtype, made once."""
+        return self.weight if self.frozen_weight is None else self.rows(slice(None))
 
 
-def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """As torch would: autocast's dtype, which leaves float64 alone, or the promotion of both."""
-    dtype, device_type = torch.promote_types(hidden.dtype, weight.dtype), hidden.device.type
+def compute_dtype(hidden: Tensor, *head: Tensor) -> torch.dtype:
+    """As torch would: autocast's dtype, which leaves float64 alone, or the promotion of all."""
+    dtype, device_type = hidden.dtype, hidden.device.type
+    for parameter in head:
+        dtype = torch.promote_types(dtype, parameter.dtype)
     available = torch.amp.is_autocast_available(device_type)
     if dtype != torch.float64 and available and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
@@ -149,8 +189,9 @@ class Grads:
     """Gradients of the parameters and of hidden; None where not wanted."""
 
     hidden: Tensor | None  # (n, H), rows of this call
-    weight: Tensor | None  # (V, H)
+    weight: Tensor | None  # (V, H − F)
     bias: Tensor | None  # (V,)
+    frozen_scale: Tensor | None = None  # (V,)
 
 
 class NamedRows(NamedTuple):
@@ -273,9 +314,9 @@ class Backend(Protocol):
 
     def add_weight_gradient(
         self,
-        total: Total,  # (V, H)
+        total: Total,  # (V, columns)
         gradient: Tensor,  # (n, V)
-        rows: Tensor,  # (n, H)
+        rows: Tensor,  # (n, columns)
         inverse: Tensor | None,  # () of rows, None for 1
     ) -> None:
         """`total (+)= inverse · gradientᵀ @ rows`."""
@@ -303,9 +344,9 @@ class Backend(Protocol):
         coef: Tensor,  # (n,)
         entropy: tuple[Tensor, Tensor] | None,  # entropies (n,) and their coefficients (n,)
         tile: tuple[int, int],
-        wants: tuple[bool, bool, bool],  # hidden, weight, bias
+        wants: tuple[bool, ...],  # hidden, weight, bias, frozen_scale
     ) -> Grads:
-        """Gradients from logits computed once more; weight and bias in the parameters' dtype."""
+        """Gradients from logits computed once more; the head's in the parameters' dtype."""
 
     @property
     def weigh_pairs(self) -> Callable[..., Weighed] | None:

@@ -92,7 +92,7 @@ def put_hidden_gradient(
     head: Head,
 ) -> None:
     """∂ℓ_t/∂h_t of every row, slice after slice of the head if it is converted."""
-    hidden_size = head.weight.shape[1]
+    hidden_size = head.hidden_size
     operand = _HeadOperand(by, head)
     columns = max(1, _FITTED_BYTES // (2 * hidden_size)) if operand.fits else None
     total = Total(gradient.new_empty(len(gradient), hidden_size, dtype=head.accumulate_dtype))
@@ -133,6 +133,33 @@ def add_weight_gradient(
     total.written = True
 
 
+def add_scale_gradient(
+    total: Total,  # (V, 1)
+    gradient: Tensor,  # (n, V)
+    rows: Tensor,  # (n, F)
+    inverse: Tensor | None,  # () of rows
+    head: Head,
+) -> None:
+    """`total (+)= inverse · Σ_f (gradientᵀ @ rows) ∘ frozen_weight`, slice after slice."""
+    wide = torch.promote_types(torch.float32, gradient.dtype)
+    step = max(1, _FITTED_BYTES // (2 * wide.itemsize * rows.shape[1]))  # and the weight beside it
+    for first in range(0, len(total.high), step):
+        part = slice(first, first + step)
+        product = rows.new_empty(gradient[:, part].shape[1], rows.shape[1], dtype=wide)
+        product_into(gradient[:, part].T, rows, out=product)
+        found = _times_frozen(product, part, head)
+        found = found if inverse is None else found * inverse
+        total.high[part] = total.high[part] + found if total.written else found
+    total.written = True
+
+
+def _times_frozen(product: Tensor, part: slice, head: Head) -> Tensor:
+    """The scale's gradient `(rows, 1)` from that of the scaled weight's rows `(rows, F)`."""
+    assert head.frozen_weight is not None  # nothing else is scaled
+    frozen = head.frozen_weight[part].to(product.dtype)
+    return torch.linalg.vecdot(product, frozen)[:, None]
+
+
 def _add(total: Total, left: Tensor, right: Tensor) -> None:
     """`total (+)= left @ right`, where `high` alone is wide enough to sum in."""
     if total.written:
@@ -149,7 +176,7 @@ def sliced_gradients(
     coef: Tensor,  # (n,)
     entropy: tuple[Tensor, Tensor] | None,  # entropies (n,) and their coefficients (n,)
     tile: tuple[int, int],
-    wants: tuple[bool, bool, bool],  # hidden, weight, bias
+    wants: tuple[bool, ...],  # hidden, weight, bias, frozen_scale
     gradient_of: Callable[..., Tensor],
 ) -> Grads:
     """Gradients from logits computed once more, vocabulary slice after vocabulary slice.
@@ -165,40 +192,54 @@ def sliced_gradients(
         operand.new_zeros(operand.shape, dtype=wide) if wants[0] else None,
         torch.empty_like(head.weight) if wants[1] and head.weight_grad is None else None,
         torch.empty_like(head.bias) if wants[2] and head.bias is not None else None,
+        torch.empty_like(head.frozen_scale) if wants[3] and head.frozen_scale is not None else None,
     )
-    of_head = []  # slots of the gradient, and what the gradient of logits is multiplied with
+    # Slots of the gradient, what the gradient of logits is multiplied with, what finishes a slice.
+    of_head: list[tuple[Tensor, _RowOperand, Callable[..., Tensor] | None]] = []
     of_weight = head.weight_grad if grads.weight is None else grads.weight
     if wants[1] and of_weight is not None:
-        of_head.append((of_weight, _RowOperand(by, operand, factor)))
+        trained = operand[:, head.frozen_columns :].contiguous()
+        of_head.append((of_weight, _RowOperand(by, trained, factor), None))
     if grads.bias is not None:
         ones = operand.new_ones(len(operand), 1)
-        of_head.append((grads.bias[:, None], _RowOperand(by, ones, factor)))
+        of_head.append((grads.bias[:, None], _RowOperand(by, ones, factor), None))
+    if grads.frozen_scale is not None:
+        frozen = _RowOperand(by, operand[:, : head.frozen_columns].contiguous(), factor)
+        of_head.append((grads.frozen_scale[:, None], frozen, _times_frozen))
     buffer = hidden.new_empty(min(rows, len(hidden)), columns, dtype=wide)
     of_hidden = _HeadOperand(by, head)
 
     def add_slice(first: int, last: int, weight: Tensor) -> None:  # what it holds goes with it
         of_gradients = of_hidden.of(weight) if grads.hidden is not None else weight
+        part = slice(first, last)
         sums = [
-            Total(_room(slot[first:last], wide, slot is head.weight_grad)) for slot, _ in of_head
+            Total(
+                slot[part]
+                if slot.dtype == wide and finish is None and slot is not head.weight_grad
+                else slot.new_empty((last - first, of_rows.rows.shape[1]), dtype=wide)
+            )
+            for slot, of_rows, finish in of_head
         ]
         for start in range(0, len(hidden), rows):
             block = slice(start, start + rows)
             held = buffer[: len(operand[block]), : last - first]
             gradient = gradient_of(operand[block], weight, block, first, held, coef, entropy)
-            for total, (_, of_rows) in zip(sums, of_head, strict=True):
+            for total, (_, of_rows, _) in zip(sums, of_head, strict=True):
                 _add(total, gradient.T, of_rows.block(block))
             if grads.hidden is not None:
                 add_product(grads.hidden[block], gradient, of_gradients)
-        for total, (slot, of_rows) in zip(sums, of_head, strict=True):
-            total.finish()
+        for total, (slot, of_rows, finish) in zip(sums, of_head, strict=True):
+            found = total.finish().high
+            if finish is not None:
+                found = finish(found, part, head)
             if slot is head.weight_grad:
                 if of_rows.inverse is not None:
-                    total.high.mul_(of_rows.inverse)
-                slot[first:last].add_(total.high)
+                    found.mul_(of_rows.inverse)
+                slot[part].add_(found)
             elif of_rows.inverse is not None:
-                torch.mul(total.high, of_rows.inverse, out=slot[first:last])
-            elif total.high.dtype != slot.dtype:
-                slot[first:last] = total.high
+                torch.mul(found, of_rows.inverse, out=slot[part])
+            elif finish is not None or found.dtype != slot.dtype:
+                slot[part] = found
 
     for first, last, weight in weight_slices(head, columns):
         add_slice(first, last, weight)
@@ -224,13 +265,6 @@ class _RowOperand:
             self.rows[block], self.bounds[0], None, self.factor[block], self.bounds[1]
         )
         return found
-
-
-def _room(slot: Tensor, dtype: torch.dtype, taken: bool) -> Tensor:
-    """Itself, or room for what it is to be given."""
-    if slot.dtype == dtype and not taken:
-        return slot
-    return slot.new_empty(slot.shape, dtype=dtype)
 
 
 def _normalised(
@@ -304,4 +338,4 @@ def _target_rows(targets: Tensor, head: Head, dtype: torch.dtype) -> Iterator[tu
     """The head's rows of the targets, some at a time, rounded as operands are."""
     for start in range(0, len(targets), _TARGET_ROWS):
         part = slice(start, start + _TARGET_ROWS)
-        yield part, head.weight[targets[part]].to(head.compute_dtype).to(dtype)
+        yield part, head.rows(targets[part]).to(dtype)

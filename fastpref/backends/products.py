@@ -55,14 +55,14 @@ def weight_slices(head: Head, columns: int | None = None) -> Iterator[tuple[int,
     """`(first, last, weight[first:last])` over the vocabulary, in the products' dtype.
 
     Without `columns` the slices are as large as they can be: all of the weight, or
-    `_CONVERTED_ROWS` where a conversion makes a copy.
+    `_CONVERTED_ROWS` where a copy is made.
     """
     vocabulary, dtype = head.weight.shape[0], product_dtype(head)
-    converts = head.weight.dtype != dtype
-    step = columns or (_CONVERTED_ROWS if converts else vocabulary)
+    copies = head.weight.dtype != dtype or head.frozen_weight is not None
+    step = columns or (_CONVERTED_ROWS if copies else vocabulary)
     for first in range(0, vocabulary, step):
         last = min(first + step, vocabulary)
-        yield first, last, head.weight[first:last].to(head.compute_dtype).to(dtype)
+        yield first, last, head.rows(slice(first, last)).to(dtype)
 
 
 @contextlib.contextmanager

@@ -168,7 +168,7 @@ def recompute_backward(
     coef: Tensor,  # (n,)
     entropy: tuple[Tensor, Tensor] | None,
     tile: tuple[int, int],
-    wants: tuple[bool, bool, bool],
+    wants: tuple[bool, ...],
 ) -> Grads:
     dtype, slope_of_all = gradient_dtype(head), _slope(head)
 

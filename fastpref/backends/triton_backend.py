@@ -59,7 +59,7 @@ def forward(
 ) -> RowStats:
     if head.compute_dtype.itemsize == 2 and kernels.choice("forward", hidden.device) == "tiles":
         found = kernels.projection_statistics(
-            hidden, head.weight, targets, _epilogue(head), stats, index, head.compute_dtype
+            hidden, head.whole, targets, _epilogue(head), stats, index, head.compute_dtype
         )
         return RowStats(*found)
     parts = []
@@ -85,7 +85,7 @@ def group_forward(
     operand = as_operand(hidden, head)
     if operand.dtype.itemsize == 2 and kernels.choice("exponentials", hidden.device) == "tiles":
         logps, lse, extra, peaks, block = kernels.projection_exponentials(
-            operand, head.weight, targets, _epilogue(head), buffer, stats, head.compute_dtype
+            operand, head.whole, targets, _epilogue(head), buffer, stats, head.compute_dtype
         )
         return RowStats(logps, lse, extra, peaks, block)
     partials = _library_statistics(operand, targets, head, stats, buffer)
@@ -139,13 +139,13 @@ def put_hidden_gradient(
         return
     bound = head.bound if gradients.fits(head) else None
     rows = kept.high, kept.low, kept.index
-    kernels.hidden_gradient_(gradient, head.weight, bound, factor, *rows, head.compute_dtype)
+    kernels.hidden_gradient_(gradient, head.whole, bound, factor, *rows, head.compute_dtype)
 
 
 def add_weight_gradient(
-    total: Total,  # (V, H)
+    total: Total,  # (V, columns)
     gradient: Tensor,  # (n, V)
-    rows: Tensor,  # (n, H)
+    rows: Tensor,  # (n, columns)
     inverse: Tensor | None,  # () of rows
 ) -> None:
     if inverse is None:
@@ -172,7 +172,7 @@ def forward_with_gradients(
     # float16 has no range for them.
     dtype = torch.bfloat16 if product_dtype(head).itemsize == 2 else product_dtype(head)
     for first in range(0, len(head.weight), columns):
-        weight = head.weight[first : first + columns].to(operand.dtype)
+        weight = head.rows(slice(first, first + columns)).to(operand.dtype)
         exponentials = buffer.view(dtype)[:, : len(weight)]
         of_columns = epilogue.sliced(first, first + len(weight))
         kernels.projection_anchored(
@@ -213,7 +213,7 @@ def recompute_backward(
     coef: Tensor,  # (n,)
     entropy: tuple[Tensor, Tensor] | None,  # entropies (n,) and their coefficients (n,)
     tile: tuple[int, int],
-    wants: tuple[bool, bool, bool],
+    wants: tuple[bool, ...],
 ) -> Grads:
     dtype, epilogue = gradient_dtype(head), _epilogue(head)
 

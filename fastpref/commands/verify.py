@@ -315,7 +315,7 @@ def rounded_operand_errors(
 def logit_errors(
     batch: Batch,  # in float64
     coefs: Tensor,  # (2, B) ∂ΣL/∂ℓ
-    scalars: dict[str, float],
+    scalars: dict[str, Any],
     of_probability: float,
     of_slope: float,
 ) -> dict[str, float]:

@@ -18,11 +18,17 @@ def logits(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    frozen_weight: Tensor | None = None,  # (V, F); weight has the other columns then
+    frozen_scale: Tensor | None = None,  # (V,)
 ) -> Tensor:
     """Logits `(N, V)`: `cap·tanh(scale·(W h + b) / cap) / temperature`."""
     wide = torch.float64 in (hidden.dtype, weight.dtype)
     dtype = torch.float64 if wide else torch.float32
-    z = hidden.to(dtype) @ weight.to(dtype).T
+    weight = weight.to(dtype)
+    if frozen_weight is not None:
+        scale = 1 if frozen_scale is None else frozen_scale.to(dtype)[:, None]
+        weight = torch.cat([scale * frozen_weight.to(dtype), weight], 1)
+    z = hidden.to(dtype) @ weight.T
     if bias is not None:
         z = z + bias.to(dtype)
     z = logit_scale * z
@@ -35,7 +41,7 @@ def linear_logps(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     targets: Tensor,  # (N,)
-    **head: Any,  # bias, logit_scale, softcap, temperature
+    **head: Any,  # bias, logit_scale, softcap, temperature, frozen_weight, …
 ) -> Tensor:
     """Log-probability of each target `(N,)`, nats; 0 where the target is -100."""
     return token_statistics(hidden, weight, targets, **head)["logps"]

@@ -20,7 +20,7 @@ from fastpref.backends import (
     Weighed,
     concatenated,
 )
-from fastpref.backends.gradients import fitted_rows, new_total
+from fastpref.backends.gradients import add_scale_gradient, fitted_rows, new_total
 from fastpref.backends.products import as_operand
 from fastpref.objectives import Objective
 from fastpref.planner import Plan, even_ranges
@@ -46,6 +46,7 @@ class PairGroups(torch.autograd.Function):
         hidden: Tensor,  # (M, H)
         weight: Tensor,  # (V, H)
         bias: Tensor | None,  # (V,)
+        frozen_scale: Tensor | None,  # (V,)
         rows: Rows,
         prompts: Prompts,
         objective: Objective,
@@ -81,7 +82,7 @@ class PairGroups(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple:
         if upstream is None:
-            return (None,) * 11
+            return (None,) * 12
         if ctx.gradients is None:
             raise RuntimeError(
                 "preference_loss handed its gradients over in the first backward; for a second "
@@ -117,9 +118,9 @@ class _Gradients:
             self.kept = KeptRows(hidden, places, len(places), head, backend.elementwise)
         self.parameters = [
             x.detach() if x is not None and x.requires_grad else None
-            for x in (head.weight, head.bias)
+            for x in (head.weight, head.bias, head.frozen_scale)
         ]
-        self.totals: list[Total | None] = [None, None]
+        self.totals: list[Total | None] = [None, None, None]
         self.live: list[_Live] = []
         self.coefs: list[Tensor] = []
 
@@ -134,7 +135,7 @@ class _Gradients:
             self._add_to_head(live, groups=2)
 
     def times(self, upstream: Tensor) -> list[Tensor | None]:
-        """Gradients of hidden, weight and bias, rounded once; what they are made of is let go."""
+        """Gradients of hidden and head, rounded once; what they are made of is let go."""
         of_hidden = None
         if self.kept is not None:
             of_hidden = self.kept.times(concatenated(self.coefs), upstream)
@@ -142,7 +143,7 @@ class _Gradients:
         while self.live:
             live = self.live.pop()
             self._add_to_head(live._replace(factor=live.factor * upstream), groups)
-        return [of_hidden, *(self._of_head(i, None if groups else upstream) for i in range(2))]
+        return [of_hidden, *(self._of_head(i, None if groups else upstream) for i in range(3))]
 
     def _of_head(self, which: int, upstream: Tensor | None) -> Tensor | None:
         parameter, total = self.parameters[which], self.totals[which]
@@ -159,20 +160,34 @@ class _Gradients:
     def _add_to_head(self, live: _Live, groups: int) -> None:
         """To be one of so many."""
         gradient, operand, factor = live
+        wide = self.head.accumulate_dtype
         for i, parameter in enumerate(self.parameters):
             if parameter is None:
                 continue
-            rows = operand if i == 0 else operand.new_ones(len(operand), 1)
             into = self.head.weight_grad if i == 0 else None
             total = self.totals[i]
             if total is None:
                 slot = parameter if i == 0 else parameter[:, None]
+                slot = slot.to(wide) if i == 2 else slot
                 total = self.totals[i] = new_total(slot, self.head, groups=groups, into=into)
             of_rows = factor
             if into is not None and not self.defers:
                 of_rows = factor * self.head.weight_grad_scale
+            rows = self._rows_of(i, operand)
             rows, inverse = fitted_rows(self.backend.elementwise, rows, of_rows)
-            self.backend.add_weight_gradient(total, gradient, rows, inverse)
+            if i == 2:
+                add_scale_gradient(total, gradient, rows, inverse, self.head)
+            else:
+                self.backend.add_weight_gradient(total, gradient, rows, inverse)
+
+    def _rows_of(self, which: int, operand: Tensor) -> Tensor:
+        """What the gradient of logits is multiplied with to become weight's, bias's or scale's."""
+        if which == 1:
+            return operand.new_ones(len(operand), 1)
+        frozen = self.head.frozen_columns
+        if not frozen:
+            return operand
+        return (operand[:, frozen:] if which == 0 else operand[:, :frozen]).contiguous()
 
 
 class _Groups:

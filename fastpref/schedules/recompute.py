@@ -20,7 +20,7 @@ def recomputed_gradients(
     coef: Tensor,  # (n,)
     entropy: tuple[Tensor, Tensor] | None,  # entropies (n,) and their coefficients (n,)
     tile: tuple[int, int],
-    wants: tuple[bool, bool, bool],  # hidden, weight, bias
+    wants: tuple[bool, ...],  # hidden, weight, bias, frozen_scale
     backend: Backend,
 ) -> Grads:
     """Gradients in the parameters' layout and dtype; rows of coefficient 0 take no part."""

@@ -28,6 +28,7 @@ class TokenLogps(torch.autograd.Function):
         hidden: Tensor,  # (M, H)
         weight: Tensor,  # (V, H)
         bias: Tensor | None,  # (V,)
+        frozen_scale: Tensor | None,  # (V,)
         targets: Tensor,  # (n,)
         index: Tensor | None,  # (n,) rows of hidden, None for all
         places: Tensor | None,  # (n,) where their gradients go, None for `index`
@@ -47,10 +48,16 @@ class TokenLogps(torch.autograd.Function):
             else:
                 found = backend.forward(hidden, index, targets, head, plan.tile, stats)
         entropy = found.extra.get("entropy")
-        ctx.save_for_backward(hidden, weight, bias, targets, index, places, found.lse, entropy)
+        of_head = weight, bias, head.frozen_weight, frozen_scale
+        ctx.save_for_backward(hidden, *of_head, targets, index, places, found.lse, entropy)
         ctx.kept = kept
-        scalars = head.logit_scale, head.softcap, head.temperature, head.compute_dtype
-        ctx.settings = *scalars, head.weight_grad
+        ctx.settings = {
+            "logit_scale": head.logit_scale,
+            "softcap": head.softcap,
+            "temperature": head.temperature,
+            "compute_dtype": head.compute_dtype,
+            "weight_grad": head.weight_grad,
+        }
         ctx.plan, ctx.backend, ctx.stats = plan, backend, stats
         ctx.mark_non_differentiable(*(found.extra[name] for name in stats if name != "entropy"))
         return found.logps, *(found.extra[name] for name in stats)
@@ -58,9 +65,10 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, coef: Tensor | None, *of_stats: Tensor | None) -> tuple:
-        hidden, weight, bias, targets, index, places, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, frozen_weight, frozen_scale, *of_rows = ctx.saved_tensors
+        targets, index, places, lse, entropy = of_rows
         of_entropy = dict(zip(ctx.stats, of_stats, strict=True)).get("entropy")
-        wants = tuple(ctx.needs_input_grad[:3])
+        wants = tuple(ctx.needs_input_grad[:4])
         if coef is None:
             coef = torch.zeros_like(lse)
         keeps = keeps_graph()
@@ -68,14 +76,20 @@ class TokenLogps(torch.autograd.Function):
         if not keeps:  # autograd lets go of saved tensors only
             ctx.kept = None
         if kept is not None and of_entropy is None:
-            return kept.times(coef, coef.new_ones(()), keeps=keeps), *[None] * 9
+            return kept.times(coef, coef.new_ones(()), keeps=keeps), *[None] * 10
         with no_autocast(hidden):
             found = recomputed_gradients(
                 hidden,
                 index,
                 places,
                 targets,
-                Head(weight, bias, *ctx.settings),
+                Head(
+                    weight,
+                    bias,
+                    frozen_weight=frozen_weight,
+                    frozen_scale=frozen_scale,
+                    **ctx.settings,
+                ),
                 lse,
                 coef,
                 None if of_entropy is None else (entropy, of_entropy),
@@ -83,4 +97,4 @@ class TokenLogps(torch.autograd.Function):
                 wants,
                 ctx.backend,
             )
-        return found.hidden, found.weight, found.bias, *[None] * 7
+        return found.hidden, found.weight, found.bias, found.frozen_scale, *[None] * 7

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import ModelOutput
 
+from fastpref.backends import Head
 from fastpref.loss import linear_logps
 from fastpref.sequences import IGNORED, copied_to_host, on_device, shift_targets
+from fastpref.trl.adapted_head import check_head, projection
 from fastpref.trl.stock import stock
 
 if TYPE_CHECKING:
@@ -50,13 +51,19 @@ def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
     says how the padded `input_ids` become one row: `hidden` is that row's `(1, T, H)`, and the
     log-probabilities are those of the padded batch. Any other call is the model's own.
 
+    LoRA, rsLoRA and DoRA on the head, and tokens of it that train, count as in its own forward:
+    `hidden` has further columns then, `weight` is what trains of the head, and `loss_head` is given
+    `frozen_weight` and, of DoRA, `frozen_scale` too, all as `preference_loss` takes them.
+
     The scalars come from `head_scalars` and are compared, once, with what the model's own forward
     makes of two tokens, at the cost of two such forwards. Where a vision model leaves out those of
     its text config, so do we.
 
     Raises:
         ValueError: the model's logits are not its last hidden state times its head, scaled and
-            capped. Where the two tokens could not be run, a warning is logged instead.
+            capped; the head is quantised, or an adapter on it is of another kind, is DoRA with
+            dropout, or comes with ZeRO-3 or a head that trains too. Where the two tokens could not
+            be run, a warning is logged instead.
     """
     wrapper: Any = model
     inner: Any = wrapper.get_base_model() if isinstance(wrapper, PeftModel) else wrapper
@@ -88,10 +95,10 @@ def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
             kwargs |= packing.model_inputs(input_ids, self)
             token_counts = on_device(packing.uses, input_ids.device)[None]
         backbone = backbone_of(self)(*args, **kwargs)
-        with _head_of(self) as (weight, bias):
-            hidden = backbone.last_hidden_state.to(weight.device)
+        with _head_of(self) as head:
+            hidden, weight, tensors = projection(head, backbone.last_hidden_state)
             if loss_head is not None:
-                out = loss_head(hidden, weight, bias=bias, **scalars)
+                out = loss_head(hidden, weight, **tensors, **scalars)
                 aux_loss = None
                 if kwargs.get("output_router_logits"):
                     aux_loss = _router_loss(self, backbone, token_counts)
@@ -100,11 +107,11 @@ def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
                 )
             targets = targets_on_host()
             if packing is None:
-                logps = linear_logps(hidden, weight, targets, bias=bias, **scalars)
+                logps = linear_logps(hidden, weight, targets, **tensors, **scalars)
             else:
                 scored = targets != IGNORED
                 rows = packing.hidden_of(hidden, packing.row_of[scored])
-                found = linear_logps(rows, weight, targets[scored], bias=bias, **scalars)
+                found = linear_logps(rows, weight, targets[scored], **tensors, **scalars)
                 logps = found.new_zeros(targets.shape)
                 logps.masked_scatter_(on_device(scored, logps.device), found)
             if logps.device.type != "mps":  # TRL adds them up in the dtype it is given
@@ -122,20 +129,14 @@ def backbone_of(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _head_of(model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Weight and bias of the LM head, gathered where ZeRO-3 or FSDP2 has sharded them."""
+def _head_of(model: PreTrainedModel) -> Iterator[Any]:
+    """The LM head, gathered where ZeRO-3 has sharded it."""
     head: Any = model.get_output_embeddings()
-    weight: Any = head.weight
-    bias: Any = getattr(head, "bias", None)  # wrapped by PEFT, it may have none
     with contextlib.ExitStack() as stack:
         if is_deepspeed_zero3_enabled():
-            stack.enter_context(stock("trl.trainer.utils:maybe_gather_lm_head_ctx")(weight, bias))
-        yield _whole(weight), _whole(bias)
-
-
-def _whole(parameter: Any) -> Any:
-    """FSDP2 shards parameters as DTensors; the projection needs all of the head."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            gathered = stock("trl.trainer.utils:maybe_gather_lm_head_ctx")
+            stack.enter_context(gathered(head.weight, getattr(head, "bias", None)))
+        yield head
 
 
 def _router_loss(model: PreTrainedModel, backbone: Any, token_counts: Tensor | None) -> Tensor:
@@ -207,10 +208,11 @@ def _confirmed_scalars(model: PreTrainedModel) -> HeadScalars:
     configured, family = head_scalars(model.config), family_of(model)
     if model.get_output_embeddings() is None:
         raise ValueError(f"{family} has no output embeddings, so there is no head to train through")
+    check_head(model.get_output_embeddings())
     if model.base_model is model and not hasattr(model, "model"):
         raise ValueError(f"{family} has no base model that gives its last hidden state")
     try:
-        logits, hidden, weight, bias = _two_tokens(model)
+        logits, hidden, head = _two_tokens(model)
     except Exception as reason:  # whatever a model makes of two tokens, it may well train
         logger.warning(
             "%s: could not compare its own logits with its head's scalars %s, which are taken from "
@@ -221,14 +223,15 @@ def _confirmed_scalars(model: PreTrainedModel) -> HeadScalars:
             reason,
         )
         return configured
-    expected = f"{family} cannot be trained through its head: expected logits (…, {len(weight)})"
-    if logits.shape[-1] != len(weight) or hidden.shape[-1] != weight.shape[1]:
+    vocabulary = len(head.weight)
+    expected = f"{family} cannot be trained through its head: expected logits (…, {vocabulary})"
+    if logits.shape[-1] != vocabulary or hidden.shape[-1] != head.hidden_size:
         raise ValueError(
             f"{expected} from hidden states (…, {hidden.shape[-1]}) and a head "
-            f"{tuple(weight.shape)}; its own forward gives {tuple(logits.shape)}"
+            f"{(vocabulary, head.hidden_size)}; its own forward gives {tuple(logits.shape)}"
         )
     hidden = hidden[:, hidden.shape[1] - logits.shape[1] :]  # some project the last token alone
-    projected, rounding = _projection(hidden, weight, bias, logits.dtype)
+    projected, rounding = _projection(hidden, head, logits.dtype)
     if not projected.isfinite().all():
         logger.warning("%s: its logits are not finite, its head's scalars not compared", family)
         return configured
@@ -248,13 +251,18 @@ def _confirmed_scalars(model: PreTrainedModel) -> HeadScalars:
     )
 
 
-def _two_tokens(model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The model's own logits `(1, ≤2, V)`, last hidden state `(1, 2, H)`, head weight and bias."""
-    with trying_out(model), torch.no_grad(), _head_of(model) as (weight, bias):
+def _two_tokens(model: PreTrainedModel) -> tuple[Tensor, Tensor, Head]:
+    """The model's own logits `(1, ≤2, V)`, last hidden state `(1, 2, H)`, and head."""
+    with trying_out(model), torch.no_grad(), _head_of(model) as head:
         ids = torch.tensor([ordinary_tokens(model, 2)], device=model.device)
         logits = model(input_ids=ids, use_cache=False).logits
         hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
-        return logits.to(weight.device), hidden.to(weight.device), weight, bias
+        hidden, weight, tensors = projection(head, hidden)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        projected = Head(
+            weight, logit_scale=1, softcap=None, temperature=1, compute_dtype=wide, **tensors
+        )
+        return logits.to(weight.device), hidden, projected
 
 
 @contextlib.contextmanager
@@ -295,27 +303,25 @@ def ordinary_tokens(model: PreTrainedModel, count: int) -> list[int]:
 
 
 @torch.no_grad()
-def _projection(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _projection(hidden: Tensor, head: Head, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """W h + b in fp32 at least, and by how much a model that computes in its own dtype may differ.
 
     Hidden is scaled and rounded, the product rounded, scaled and capped by three operations: six
     roundings of half an ε of the coarsest dtype, and the sum's H in fp32. As errors of independent
     sign they add up to the root of Σ h²w², not to Σ |h||w|.
     """
-    wide = torch.promote_types(hidden.dtype, torch.float32)
     products = {"highest": 2**-23, "high": 2**-10, "medium": 2**-7}
+    weight = head.weight if head.frozen_weight is None else head.frozen_weight
     eps = max(torch.finfo(x).eps for x in (hidden.dtype, weight.dtype, dtype))
     eps = max(eps, products[torch.get_float32_matmul_precision()])
-    h = hidden.to(wide)
+    h = hidden.to(head.compute_dtype)
     projections, sizes = [], []
-    for rows in weight.split(8192):  # a wider copy of the whole head may not fit
-        w = rows.to(wide)
+    for first in range(0, len(weight), 8192):  # a wider copy of the whole head may not fit
+        w = head.rows(slice(first, first + 8192))
         projections.append(h @ w.T)
         sizes.append((h.square() @ w.square().T).sqrt())
     projected, size = torch.cat(projections, -1), torch.cat(sizes, -1)
-    if bias is not None:
-        projected = projected + bias.to(wide)
-        size = size + bias.to(wide).abs()
+    if head.bias is not None:
+        projected = projected + head.bias.to(h.dtype)
+        size = size + head.bias.to(h.dtype).abs()
     return projected, (4 * eps + 2**-23 * h.shape[-1] ** 0.5) * size

@@ -19,6 +19,7 @@ _TRAINER = "trl.trainer.dpo_trainer:DPOTrainer"
 _CALLED = (
     ("trl:DPOConfig", "beta loss_type loss_weights ld_alpha label_smoothing use_weighting"),
     ("trl.trainer.dpo_trainer:add_fused_lm_head", "model"),
+    ("trl.trainer.dpo_trainer:BaseTunerLayer", ""),
     ("trl.trainer.dpo_trainer:create_model_from_path", ""),
     ("trl.trainer.utils:create_model_from_path", "model_id"),
     ("trl.trainer.utils:FusedCausalLMOutput", "log_probs"),

@@ -157,6 +157,7 @@ class PreferenceTrainer(DPOTrainer):
             _replaced(dpo_trainer, "add_fused_lm_head", self._add_head),
             _replaced(dpo_trainer, "create_model_from_path", self._load_model),
             _replaced(args, "padding_free", False),  # of which TRL says that it pads nevertheless
+            _replaced(dpo_trainer, "BaseTunerLayer", ()),  # an adapter on the head: ours to judge
         ):
             super().__init__(model, ref_model, args, *positional, **kwargs)
         self.precompute_ref_logps &= self._uses_reference

@@ -1,0 +1,203 @@
+"""Adapters of PEFT on the LM head, as what the projection takes: no effective weight is made.
+
+LoRA's logits W h + s·B A h are those of the head `[W | B]` from the hidden states `[h | s·A h]`: W
+is frozen columns, B trains as the others, A through the hidden states; no gradient V × H is ever
+formed. DoRA multiplies the rows of both by magnitude over norm; the norm is a constant, as in its
+paper and in PEFT. Trained tokens are LoRA with B the rows they stand in and A what they add there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NotRequired, TypedDict
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+# Of the head, whose norms are taken together.
+_ROWS_AT_ONCE = 4096
+# Trained tokens, a column of the head each; of more a head is made that has their rows.
+_MOST_TOKENS = 256
+
+
+class HeadTensors(TypedDict):
+    """Of the head beside its weight, as `preference_loss` takes it."""
+
+    bias: Tensor | None
+    frozen_weight: NotRequired[Tensor]
+    frozen_scale: NotRequired[Tensor]
+
+
+def projection(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, HeadTensors]:
+    """Hidden states `(…, H)`, widened by its adapters, weight and the rest of an LM head.
+
+    Adapters count as they do in the head's own forward: the active ones in their order, none of
+    them where they are disabled, and those that are merged as part of its weight.
+
+    Raises:
+        ValueError: an adapter that is more than such a projection; see `check_head`.
+    """
+    check_head(head)
+    tokens = _tokens_of(head)
+    layer: Any = head if tokens is None else tokens
+    if not isinstance(layer, BaseTunerLayer):
+        weight = whole(head.weight)
+        return hidden.to(weight.device), weight, {"bias": whole(getattr(head, "bias", None))}
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()
+    base: Any = layer.get_base_layer()
+    weight, bias = whole(base.weight), whole(getattr(base, "bias", None))
+    adapted = _Adapted(hidden.to(weight.device), weight)
+    given: Any = getattr(layer, "lora_A" if tokens is None else "trainable_tokens_delta")
+    unused = layer.disable_adapters or layer.merged
+    active: list[str] = layer.active_adapters
+    names = [] if unused else [name for name in active if name in given]
+    if not names:
+        return adapted.hidden, weight, {"bias": bias}
+    if tokens is not None:
+        bias = None  # which PEFT's own forward leaves out
+        count = sum(len(tokens.token_indices[name]) for name in names)
+        if count > _MOST_TOKENS:
+            return adapted.hidden, whole(tokens.get_merged_weights(names)), {"bias": bias}
+    for name in names:
+        if tokens is None:
+            adapted.add_lora(layer, name)
+        else:
+            adapted.add_tokens(tokens, name)
+    if adapted.bias is not None:
+        bias = adapted.bias if bias is None else bias + adapted.bias
+    tensors: HeadTensors = {"bias": bias, "frozen_weight": weight.detach()}
+    if adapted.scale is not None:
+        tensors["frozen_scale"] = adapted.scale
+    hidden = torch.cat([adapted.hidden, *adapted.rows], -1)
+    return hidden, torch.cat(adapted.columns, 1), tensors
+
+
+def check_head(head: Any) -> None:
+    """Raises ValueError where the head, or an adapter on it, is more than a projection."""
+    tokens = _tokens_of(head)
+    layer: Any = head if tokens is None else tokens
+    base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    weight: Any = getattr(base, "weight", None)
+    if weight is not None and not weight.is_floating_point():
+        raise ValueError(
+            f"the LM head is quantised ({type(base).__name__}, {weight.dtype}), and its loss needs "
+            "numbers: leave it out of the quantisation (transformers does unless "
+            "llm_int8_skip_modules names other modules; name 'lm_head' too)"
+        )
+    if not isinstance(layer, BaseTunerLayer):
+        return
+    kind = f"{type(layer).__module__.split('.')[2]} {type(layer).__name__}"
+    if tokens is None and type(layer) is not LoraLinear:
+        raise ValueError(
+            f"an adapter on the LM head is LoRA, rsLoRA, DoRA or trainable_token_indices; {kind} "
+            "is none of them: take the head out of its target_modules"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "an adapter on the LM head is not gathered under ZeRO-3: use ZeRO-2 or FSDP, or take "
+            "the head out of its target_modules"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "the LM head has an adapter and its own weight trains too, which would get no "
+            "gradient: freeze it, or take the head out of target_modules"
+        )
+    if tokens is None:
+        _check_lora(layer)
+
+
+def _check_lora(layer: Any) -> None:
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            _check_variant(layer, name)
+
+
+def _check_variant(layer: Any, name: str) -> None:
+    variant = layer.lora_variant.get(name)
+    if variant is None:
+        return
+    what = type(variant).__name__.removesuffix("LinearVariant")
+    if name not in layer.lora_magnitude_vector:
+        raise ValueError(
+            f"the adapter {name!r} on the LM head is LoRA's variant {what}, which has no form "
+            "without logits: take the head out of its target_modules"
+        )
+    if not isinstance(layer.lora_dropout[name], nn.Identity):
+        raise ValueError(
+            f"the adapter {name!r} on the LM head is DoRA with lora_dropout, where the head's own "
+            "weight takes other hidden states than its scale: use lora_dropout=0, or take the head "
+            "out of its target_modules"
+        )
+
+
+def whole(parameter: Any) -> Any:
+    """FSDP2 shards parameters as DTensors; the projection needs all of the head."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _tokens_of(head: Any) -> TrainableTokensLayer | None:
+    """What trains some of the head's rows, if it is that."""
+    if isinstance(head, TrainableTokensWrapper):
+        return head.token_adapter
+    return head if isinstance(head, TrainableTokensLayer) else None
+
+
+@dataclass
+class _Adapted:
+    """A frozen weight, and what adapters have added to it so far."""
+
+    hidden: Tensor  # (…, H)
+    weight: Tensor  # (V, H)
+    rows: list[Tensor] = field(default_factory=list)  # (…, r) further columns of hidden
+    columns: list[Tensor] = field(default_factory=list)  # (V, r) and of the head
+    scale: Tensor | None = None  # (V,)
+    bias: Tensor | None = None  # (V,)
+
+    def add_lora(self, layer: Any, name: str) -> None:
+        a, b = layer.lora_A[name], layer.lora_B[name]
+        scaling, magnitude = layer.scaling[name], layer.lora_magnitude_vector
+        weight_a, weight_b, bias = whole(a.weight), whole(b.weight), whole(b.bias)
+        x = layer.lora_dropout[name](self.hidden.to(weight_a.dtype))
+        self.rows.append(linear(x, weight_a) * scaling)
+        self.columns.append(weight_b)
+        if bias is not None:
+            added = scaling * bias
+            self.bias = added if self.bias is None else self.bias + added
+        if name in magnitude:
+            norm = _norms(self.weight, weight_a, weight_b, scaling)
+            self._multiply(whole(magnitude[name].weight).to(norm.device) / norm)
+
+    def _multiply(self, scale: Tensor) -> None:
+        """DoRA multiplies all that has come before it too, but for the head's own bias."""
+        self.scale = scale if self.scale is None else scale * self.scale
+        self.columns = [scale[:, None] * columns for columns in self.columns]
+        if self.bias is not None:
+            self.bias = scale * self.bias
+
+    def add_tokens(self, tokens: Any, name: str) -> None:
+        indices = torch.tensor(tokens.token_indices[name], device=self.weight.device)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        trained = whole(tokens.trainable_tokens_delta[name]).to(self.weight)
+        added = trained.to(wide) - self.weight[indices].detach().to(wide)
+        self.rows.append(linear(self.hidden.to(wide), added))
+        columns = self.weight.new_zeros(len(self.weight), len(indices))
+        columns[indices, torch.arange(len(indices))] = 1
+        self.columns.append(columns)
+
+
+@torch.no_grad()
+def _norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Norms of the rows of W + s·B A `(V,)`, in the adapter's dtype, as PEFT has them."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    a = scaling * a.to(wide)
+    parts = zip(weight.split(_ROWS_AT_ONCE), b.split(_ROWS_AT_ONCE), strict=True)
+    norms = [torch.linalg.vector_norm(w.to(wide).addmm(p.to(wide), a), dim=1) for w, p in parts]
+    return torch.cat(norms).to(a.dtype)
