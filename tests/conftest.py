@@ -1,10 +1,10 @@
 """Fixtures: a tiny Llama with a tokenizer made here, and pairs with scores."""
 
+import concurrent.futures
 import json
 import os
 import subprocess
 import sys
-import tempfile
 
 # Nothing here may ask a model hub, and a request for one should fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,9 +16,9 @@ from hypothesis import settings
 
 pytest.register_assert_rewrite("trl_runs")
 
-torch.set_num_threads(2)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUNS = pytest.StashKey[dict]()
+torch.set_num_threads(1 if INTERPRETED else 2)  # interpreted tests run beside the others
+RUNS, QUEUE, RUNNING = (pytest.StashKey() for _ in range(3))
 
 WORDS = "the a sun moon sea ship sails over under big small red blue cold warm and is was why how"
 PAIRS = [
@@ -135,32 +135,36 @@ def pytest_collection_modifyitems(config, items):
     if INTERPRETED or config.option.collectonly or not own:
         return
     items[:] = [*(item for item in items if item not in own), *own]
-    config.stash[RUNS] = {item.path: start_interpreted(item.path, config) for item in own}
+    queue = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+    config.stash[QUEUE] = queue
+    config.stash[RUNS] = {
+        item.path: queue.submit(run_interpreted, item.path, config) for item in own
+    }
 
 
-def start_interpreted(path, config):
+def run_interpreted(path, config):
+    """Exit status and output of a file's tests, interpreted."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)]
     if config.option.fuzz:
         command += ["--fuzz", str(max(1, config.option.fuzz // 10))]
-    output = tempfile.TemporaryFile("w+")  # noqa: SIM115  # read when the process has ended
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-    return process, output
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        config.stash[RUNNING] = process
+        output, _ = process.communicate()
+    return process.returncode, output
 
 
 @pytest.fixture
 def interpreted_run(request):
     """Waits for this file's other process: a function that gives its exit status and output."""
-
-    def wait():
-        process, output = request.config.stash[RUNS][request.path]
-        status = process.wait()
-        output.seek(0)
-        return status, output.read()
-
-    return wait
+    return request.config.stash[RUNS][request.path].result
 
 
 def pytest_unconfigure(config):
-    for process, _ in config.stash.get(RUNS, {}).values():
-        process.kill()
+    queue = config.stash.get(QUEUE, None)
+    if queue is not None:
+        queue.shutdown(wait=False, cancel_futures=True)
+        if RUNNING in config.stash:
+            config.stash[RUNNING].kill()
