@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 import fastpref_kernels as kernels
+from fastpref_kernels import configs
 from test_half_precision import (
     PROMISED,
     SCHEDULES,
@@ -113,10 +114,10 @@ def test_no_range_of_the_operands_is_too_wide(size, hidden_by):
 
 
 @interpreted
-def test_the_library_keeps_it_too(hidden_by, monkeypatch):
-    monkeypatch.setenv("FASTPREF_HIDDEN_GRADIENT", "library")
+def test_the_library_keeps_it_too(hidden_by):
     batch = inputs(64, vocabulary=131, length=11)
-    check(on_triton(batch, "pair_groups"), truth_of(*batch))
+    with configs.trial({("choices", "hidden_gradient"): "library"}):
+        check(on_triton(batch, "pair_groups"), truth_of(*batch))
     assert hidden_by == ["library"] * 2
 
 

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 import fastpref_kernels as kernels
-from fastpref_kernels import Epilogue, forward
+from fastpref_kernels import Epilogue, configs, forward
 from test_triton_interpreter import (
     HEADS,
     INTERPRETED,
@@ -319,7 +319,7 @@ def test_no_batch_and_no_temperature_is_compiled_for(architecture, softcap, monk
         variants.setdefault(kernel.__name__, set()).add(str((specialization, options)))
 
     monkeypatch.setattr(JITFunction, "run", run)
-    monkeypatch.setattr(forward, "architecture", lambda device: architecture)
+    monkeypatch.setattr(configs, "_trial", configs.entries_of(architecture))
     weight = torch.zeros(512, 64, dtype=torch.bfloat16)
     many = torch.zeros(200, 64, dtype=torch.bfloat16)
     labels, floats = torch.zeros(200, dtype=torch.int64), torch.zeros(200)

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from fastpref import sequence_logps
 from fastpref.backends import Head, Kept, triton_backend
+from fastpref.backends.gradients import put_hidden_gradient
+from fastpref.backends.products import gradient_dtype
 from fastpref.commands.verify import LOGIT_DEVIATION, accumulation_error
 
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
@@ -331,8 +333,13 @@ def _hidden_gradient(sizes: Sizes, variant: str) -> Work:
     head = _head(sizes, weight)
 
     def put(rows: int) -> None:
-        kept = Kept(high[:rows], low[:rows], index[:rows])
-        triton_backend.put_hidden_gradient(kept, gradient[:rows], factor[:rows], head)
+        kept = high[:rows], low[:rows], index[:rows]
+        part, of_rows = gradient[:rows], factor[:rows]
+        if kernels.choice("hidden_gradient", weight.device) == "tiles":
+            kernels.hidden_gradient_(part, weight, head.bound, of_rows, *kept, sizes.dtype)
+        else:
+            operand = part.to(gradient_dtype(head))
+            put_hidden_gradient(kernels, Kept(*kept), operand, of_rows, head)
 
     def check() -> Numbers:
         rows = min(sizes.checked_rows, n)

@@ -248,6 +248,7 @@ def one_minus_exp(x):
 @triton.jit
 def split(x):
     """fp32 rounded to 24 bits: bf16, to the nearest, and what is left of it as int8."""
+    x = x.to(tl.float32)
     bits = tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))  # one NaN, that cannot carry
     kept = (bits + 0x80) >> 8
     high = (kept + 0x80) >> 8
