@@ -409,17 +409,6 @@ def test_a_slice_that_the_bias_masks(masked, schedule, poison):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-@interpreted
-def test_gradient_without_the_target(poison):
-    products, targets, bias, coef, _ = make_products(9, 300, torch.float64)
-    _, lse, _ = kernels.row_statistics(products, targets, Epilogue(bias))
-    arguments = targets, lse, coef, Epilogue(bias), torch.float64
-    whole = kernels.row_gradients_(products.clone(), *arguments)
-    others = kernels.row_gradients_(products.clone(), *arguments, at_target=False)
-    here = torch.arange(300) == targets[:, None]
-    assert torch.equal(others, whole.masked_fill(here, 0))
-
-
 # --- pairs --------------------------------------------------------------------------------------
 
 OBJECTIVES = {
@@ -664,7 +653,7 @@ def operator_arguments():
         "merge_statistics": (*of_tiles, targets, " ".join(STATS), 37),
         "row_statistics": (products, targets, *head, "entropy is_top1"),
         "row_gradients_": (
-            products, targets, lse, coef, *head, torch.float32, 0, lse - 3, coef + 1, True,
+            products, targets, lse, coef, *head, torch.float32, 0, lse - 3, coef + 1,
         ),
         "weigh_pairs": (
             -torch.rand(6), torch.tensor([0, 2, 3, 4, 6]), torch.randn(2, 2), torch.randn(2, 2),

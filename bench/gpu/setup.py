@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -121,20 +120,6 @@ def product_flop(workload: Workload) -> int:
 def milliseconds(seconds: list[float]) -> dict[str, float]:
     """Median and middle half."""
     return {name: 1e3 * value for name, value in spread(seconds).items()}
-
-
-def in_environment(changes: dict[str, str], run: Callable[[], Any]) -> Any:
-    """What `run` gives under other environment variables."""
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        return run()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def product(

@@ -82,9 +82,8 @@ def compile_cases(architecture: str) -> list[CompileCase]:
         _row_exponentials(architecture, rich=True),
         _row_exponentials(architecture, rich=False, out="fp16"),
         _row_exponentials(architecture, rich=True, out="fp16"),
-        _row_gradients(architecture, half, rich=False),
-        _row_gradients(architecture, half, rich=False, at_target=False),
-        _row_gradients(architecture, half, rich=True),
+        _row_gradients(architecture, torch.float16, rich=False),
+        _row_gradients(architecture, torch.float16, rich=True),
         _pairs(rich=False),
         _pairs(rich=True),
         _scale(torch.float32),
@@ -199,18 +198,15 @@ def _row_exponentials(architecture: str, *, rich: bool, out: str | None = None) 
     )
 
 
-def _row_gradients(
-    architecture: str, dtype: torch.dtype, *, rich: bool, at_target: bool = True
-) -> CompileCase:
+def _row_gradients(architecture: str, dtype: torch.dtype, *, rich: bool) -> CompileCase:
     config = rows_config(architecture)
     return _case(
         row_gradients_kernel,
-        ", ".join([_NAMES[dtype]] + ["entropy"] * rich + ["without the target"] * (not at_target)),
+        ", ".join([_NAMES[dtype]] + ["entropy"] * rich),
         _types(row_gradients_kernel, bias_ptr="*bf16", grad_ptr=f"*{_NAMES[dtype]}"),
         _head(bias=rich, softcap=rich)
         | _absent("entropy_ptr", "entropy_coef_ptr", unless=rich)
         | {
-            "HAS_TARGET": at_target,
             "BLOCK_N": config.block_n,
             "BLOCK_V": config.block_v,
         },

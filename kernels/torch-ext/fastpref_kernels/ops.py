@@ -288,13 +288,11 @@ def row_gradients_(
     dtype: torch.dtype,
     first: int = 0,
     entropy: tuple[Tensor, Tensor] | None = None,  # entropies (n,) and their coefficients (n,)
-    at_target: bool = True,
 ) -> Tensor:
     """Gradient of Σ coef·ℓ with respect to W h + b: `(n, columns)` of `dtype`, in place.
 
     `products` are columns `first` and on of the vocabulary. The result lies in their memory; where
     `dtype` is narrower, each row in the front of its old one. Rows of coefficient 0 are not read.
-    Without `at_target` a row's target gets 0, for the caller to add what `lse` does not tell yet.
     """
     entropies, entropy_coefs = entropy or (None, None)
     row_gradients_op(
@@ -307,7 +305,6 @@ def row_gradients_(
         first,
         entropies,
         entropy_coefs,
-        at_target,
     )
     return rows.narrowed(products, dtype)
 

@@ -89,7 +89,6 @@ def row_gradients_kernel(
     inner: tl.float64,
     outer: tl.float64,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_TARGET: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -119,10 +118,7 @@ def row_gradients_kernel(
         z, slope = head_epilogue(product, bias, inner, outer, HAS_SOFTCAP)
         log_p = z - lse
         p = tl.exp(log_p)
-        at_target = 0.0
-        if HAS_TARGET:
-            at_target = 1.0 - p  # before any rounding
-        grad = coef * tl.where(column[None, :] == target, at_target, -p)
+        grad = coef * tl.where(column[None, :] == target, 1.0 - p, -p)  # before any rounding
         if entropy_ptr is not None:  # ∂H/∂z = −p (log p + H)
             grad -= entropy_coef * p * (finite(log_p) + entropy)
         grad = tl.where(live, grad * slope, 0.0)
@@ -216,7 +212,6 @@ def row_gradients_(
     first: int,
     entropies: Tensor | None,  # (n,)
     entropy_coefs: Tensor | None,  # (n,)
-    at_target: bool,
 ) -> None:
     """Puts the gradient of Σ coef·ℓ with respect to W h + b where `narrowed` finds it."""
     rows, columns = products.shape
@@ -239,7 +234,6 @@ def row_gradients_(
             products.stride(0),
             grad.stride(0),
             **epilogue.arguments(),
-            HAS_TARGET=at_target,
             BLOCK_N=config.block_n,
             BLOCK_V=config.block_v,
             num_warps=config.num_warps,
