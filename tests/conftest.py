@@ -13,6 +13,7 @@ os.environ["TQDM_DISABLE"] = "1"
 import pytest
 import torch
 from hypothesis import settings
+from ranks import Ranks
 
 pytest.register_assert_rewrite("trl_runs")
 
@@ -160,6 +161,26 @@ def run_interpreted(path, config):
 def interpreted_run(request):
     """Waits for this file's other process: a function that gives its exit status and output."""
     return request.config.stash[RUNS][request.path].result
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """Processes to run functions on: `two_ranks.run(function, *arguments)`."""
+    processes = Ranks(2)
+    yield processes
+    processes.stop()
+
+
+@pytest.fixture(scope="session")
+def four_ranks():
+    processes = Ranks(4)
+    yield processes
+    processes.stop()
+
+
+@pytest.fixture(params=["two_ranks", "four_ranks"])
+def ranks(request):
+    return request.getfixturevalue(request.param)
 
 
 def pytest_unconfigure(config):

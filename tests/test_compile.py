@@ -62,8 +62,8 @@ def test_more_work_takes_more_instructions(compiled):
     found = {
         kernel.variant: kernel for kernel, _ in compiled[1] if kernel.kernel == "row_gradients"
     }
-    assert found["bf16"].elements == found["bf16, entropy"].elements > 0
-    assert found["bf16"].instructions < found["bf16, entropy"].instructions
+    assert found["fp16"].elements == found["fp16, entropy"].elements > 0
+    assert found["fp16"].instructions < found["fp16, entropy"].instructions
 
 
 def test_a_fault_is_seen():

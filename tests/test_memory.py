@@ -1,8 +1,8 @@
 """The default budget on an accelerator: a share of what is free, the same at every step."""
 
 import logging
-import socket
 import types
+from unittest import mock
 
 import pytest
 import torch
@@ -181,29 +181,18 @@ def test_a_cpu_is_not_asked(monkeypatch):
 # --- ranks --------------------------------------------------------------------------------------
 
 
-def decide(rank, port, path):
+def decide(rank):
     """Rank r finds 16 (r + 1) GiB free."""
-    torch.get_device_module = lambda device: FakeGpu(16 * (rank + 1) * GIB)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    found = [spare_bytes(GPU)]
-    if rank == 0:  # what is decided is not asked for again
-        found.append(spare_bytes(GPU))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    (path / str(rank)).write_text(str(found[-1]))
+    memory._spare.clear()
+    with mock.patch("torch.get_device_module", lambda device: FakeGpu(16 * (rank + 1) * GIB)):
+        found = [spare_bytes(GPU)]
+        if rank == 0:  # what is decided is not asked for again
+            found.append(spare_bytes(GPU))
+    return found[-1]
 
 
-def test_ranks_agree_on_the_smallest(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.spawn(decide, (port, tmp_path), nprocs=2, join=False)
-    try:
-        assert any(context.join(timeout=60) for _ in range(2)), "the processes hang"
-    finally:
-        for process in context.processes:
-            process.kill()
-    assert [int((tmp_path / str(rank)).read_text()) for rank in range(2)] == [2 * GIB] * 2
+def test_ranks_agree_on_the_smallest(ranks):
+    assert ranks.run(decide) == [2 * GIB] * ranks.world
 
 
 @pytest.mark.parametrize(("backend", "where"), [("gloo", "cpu"), ("nccl", GPU), ("xccl", GPU)])

@@ -1,9 +1,5 @@
 """What an evaluation reports: means over the data set, however it is cut into batches."""
 
-import json
-import os
-import socket
-
 import pytest
 import torch
 from trl_runs import OURS, make_trainer
@@ -36,18 +32,8 @@ def evaluated(directory, pairs, tmp_path, batch_size):
     return trainer.evaluate()
 
 
-def evaluate_as(rank, processes, port, directory, sets, tmp_path):
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
-    found = [evaluated(directory, pairs, tmp_path, batch_size=2) for pairs in sets]
-    assert torch.distributed.get_backend() == "gloo"
-    (tmp_path / f"{rank}.json").write_text(json.dumps(found))
+def evaluate_as(rank, directory, sets, tmp_path):
+    return [evaluated(directory, pairs, tmp_path, batch_size=2) for pairs in sets]
 
 
 def assert_same_metrics(found, expected):
@@ -101,21 +87,10 @@ def test_an_evaluation_starts_anew(tiny_llama, pairs, tmp_path):
     assert_same_metrics(trainer.evaluate(trainer.eval_dataset["b"]), alone)
 
 
-def test_two_processes_count_every_pair_once(tiny_llama, pairs, tmp_path):
+def test_two_processes_count_every_pair_once(two_ranks, tiny_llama, pairs, tmp_path):
     """Of 5 pairs, 2 a batch, both processes repeat some at the end; of 7 one does, of 8 none."""
     sets = pairs[:5], pairs[:7], pairs
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = 2, port, tiny_llama, sets, tmp_path
-    context = torch.multiprocessing.spawn(evaluate_as, arguments, nprocs=2, join=False)
-    try:
-        assert any(context.join(timeout=60) for _ in range(2)), "the processes hang"
-    finally:
-        for process in context.processes:
-            process.kill()
     wholes = [evaluated(tiny_llama, each, tmp_path, batch_size=len(each)) for each in sets]
-    for rank in range(2):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
+    for found in two_ranks.run(evaluate_as, tiny_llama, sets, tmp_path):
         for ours, whole in zip(found, wholes, strict=True):
             assert_same_metrics(ours, whole)

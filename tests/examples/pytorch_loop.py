@@ -42,13 +42,20 @@ def log_probabilities(model, input_ids, attention_mask, targets):
 
 def main(model, data, out):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group()
+    train(model, data, out, rank, world)
+    if world > 1:  # after DDP's hold on the group has gone: it could wait for ever to let go
+        dist.destroy_process_group()
+
+
+def train(model, data, out, rank, world):
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     tokenizer = AutoTokenizer.from_pretrained(model)
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device)
     reference = copy.deepcopy(policy).eval()
     trained = WithLoss(policy)
     if world > 1:
-        dist.init_process_group()
         trained = DistributedDataParallel(trained)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
     pairs = read_pairs(data)
@@ -63,8 +70,6 @@ def main(model, data, out):
             print(f"loss {loss.item():.4f}")
     if rank == 0:
         policy.save_pretrained(out)
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
