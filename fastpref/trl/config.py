@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -185,16 +185,23 @@ def trl_objective(args: DPOConfig) -> Objective:
             a label smoothing of 0.5 and more, or a β of 0), or a combination that TRL's trainer
             refuses as well.
     """
-    weights = args.loss_weights or [1.0] * len(args.loss_type)
-    terms = [
-        (_term(name, args), weight) for name, weight in zip(args.loss_type, weights, strict=True)
-    ]
+    terms = [(_term(name, args), weight) for name, weight in _weighted_losses(args)]
     if len(terms) == 1 and terms[0][1] == 1:
         (objective, _), *_ = terms
         formula = objective.formula()
         if formula is not None and not formula.normalized:
             return objective  # its own rewards are TRL's, and kernels fuse it
     return Mixture(terms, beta=_trl_beta(args))
+
+
+def sft_weight(args: DPOConfig) -> float:
+    """Of the loss whose tokens TRL does not weight by `ld_alpha`; 0 where it is not asked for."""
+    return sum(weight for name, weight in _weighted_losses(args) if name == "sft")
+
+
+def _weighted_losses(args: DPOConfig) -> Iterator[tuple[str, float]]:
+    weights = args.loss_weights or [1.0] * len(args.loss_type)
+    return zip(args.loss_type, weights, strict=True)
 
 
 def _term(loss_type: str, args: DPOConfig) -> Objective:

@@ -24,6 +24,7 @@ from fastpref.trl.config import (
     check_beta,
     check_own_objective,
     check_packing,
+    sft_weight,
     trl_objective,
 )
 from fastpref.trl.head import add_loss_head
@@ -113,6 +114,7 @@ class PreferenceTrainer(DPOTrainer):
             the model, the adapter, images or context parallelism do not allow it.
     """
 
+    args: DPOConfig
     objective: Objective
     model: Any
     ref_model: Any
@@ -185,12 +187,6 @@ class PreferenceTrainer(DPOTrainer):
     def _uses_reference(self) -> bool:
         """TRL has a reference for every loss type: the logged rewards are of it."""
         return self._as_trl or self.objective.needs_reference
-
-    @property
-    def _sft_weight(self) -> float:
-        """Of TRL's loss type "sft" among those that were asked for."""
-        weights = zip(self.loss_types, self.loss_weights, strict=True)
-        return sum(weight for name, weight in weights if name == "sft") * self._as_trl
 
     def _load_model(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for TRL's loading: once the policy is there, what it loads is the reference."""
@@ -327,7 +323,7 @@ class PreferenceTrainer(DPOTrainer):
         ref_logps = of_seen(self._ref_logps(inputs))
         columns = _each(of_seen, inputs.get(_COLUMNS, {}))
         token_weights = _length_weights(completion_mask, self.ld_alpha)
-        untouched = 0.0 if token_weights is None else self._sft_weight
+        untouched = 0.0 if token_weights is None else sft_weight(self.args)
         packing = inputs.get(_PACKING)
 
         def loss_head(hidden: Tensor, weight: Tensor, **head: Any) -> Any:
