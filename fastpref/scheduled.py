@@ -26,7 +26,7 @@ from fastpref.memory import spare_bytes
 from fastpref.objectives import Objective, own_parameters, step_metrics
 from fastpref.output import PreferenceOutput
 from fastpref.planner import Plan, Problem, make_plan
-from fastpref.schedules import PairGroups, PairLosses, Prompts, TokenLogps
+from fastpref.schedules import PairGroups, PairLosses, Prompts, TokenLogps, total_of
 from fastpref.sequences import IGNORED, Rows, on_device
 
 
@@ -107,9 +107,7 @@ class Scheduled:
                 losses = prompts.losses(
                     objective, logps.view(responses, -1), _by_response(alignments, responses)
                 )
-            loss = losses
-            if reduction != "none":
-                loss = losses.mean() if divisor == len(losses) else losses.sum() / divisor
+            loss = losses if reduction == "none" else total_of(losses, divisor)
         if self.weight_grad is not None and loss.requires_grad:
             loss.register_hook(functools.partial(_require_upstream, self.weight_grad_scale))
         logps = logps.detach()

@@ -9,7 +9,7 @@ autograd      what all of them share
 """
 
 from fastpref.schedules.pair_groups import PairGroups
-from fastpref.schedules.prompts import PairLosses, Prompts
+from fastpref.schedules.prompts import PairLosses, Prompts, total_of
 from fastpref.schedules.token_logps import TokenLogps
 
-__all__ = ["PairGroups", "PairLosses", "Prompts", "TokenLogps"]
+__all__ = ["PairGroups", "PairLosses", "Prompts", "TokenLogps", "total_of"]

@@ -26,7 +26,7 @@ from fastpref.objectives import Objective
 from fastpref.planner import Plan, even_ranges
 from fastpref.schedules.autograd import first_order, no_autocast
 from fastpref.schedules.kept_rows import KeptRows
-from fastpref.schedules.prompts import Prompts
+from fastpref.schedules.prompts import Prompts, total_of
 from fastpref.sequences import Rows
 
 
@@ -75,8 +75,7 @@ class PairGroups(torch.autograd.Function):
         constants = [losses, logps, *extra, *([] if alignments is None else [alignments])]
         ctx.mark_non_differentiable(*constants)
         ctx.set_materialize_grads(False)
-        loss = losses.mean() if divisor == len(losses) else losses.sum() / divisor
-        return loss, losses, logps, metrics, alignments, *extra
+        return total_of(losses, divisor), losses, logps, metrics, alignments, *extra
 
     @staticmethod
     @first_order

@@ -241,6 +241,11 @@ class PairLosses(torch.autograd.Function):
         return coef * ctx.rows.repeat(of_losses.repeat_interleave(2)), None, None, None
 
 
+def total_of(losses: Tensor, divisor: int) -> Tensor:
+    """Their sum over `divisor`; where that is a mean, in one launch."""
+    return losses.mean() if divisor == len(losses) else losses.sum() / divisor
+
+
 def _refuse_other_leaves(losses: Tensor, leaf: Tensor, objective: Objective) -> None:
     """Raises where a tensor other than the log-probabilities would train: it would get nothing."""
     nodes, seen = [losses.grad_fn], set()
