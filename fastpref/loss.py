@@ -142,9 +142,9 @@ def preference_loss(
         stats: any of "entropy", "mean_logits", "is_top1", to be averaged into `metrics`.
 
     On an accelerator half-precision operands are multiplied as they are: gradients from bf16 are
-    within 2e-3 of float64's on the same inputs, in norm, 1.7e-3 of it their own rounding; a token's
-    log-probability is within (H / 16)·2⁻²⁴ of twice the largest logit. Elsewhere, and for float32,
-    products are float32: see `fastpref.commands.verify`, which derives both.
+    within 2e-3 of float64's on the same inputs, in norm, 1.66e-3 of it their own rounding; a
+    token's log-probability is within (H / 16)·2⁻²⁴ of twice the largest logit. Elsewhere, and for
+    float32, products are float32: see `fastpref.commands.verify`, which derives both.
 
     A response with no scored token has log-probability 0 and length 0; its prompt adds loss 0 and
     no gradient. NaN or infinity in a scored row makes the loss non-finite. With "pair_groups" the
