@@ -141,9 +141,9 @@ LARGE = 8, 1024, 4096, 128256
     ("schedule", "frozen", "most"),
     [
         ("pair_groups", False, 2.37),
-        ("frozen_head", True, 0.34),
-        ("recompute", False, 1.6),
-        ("recompute", True, 0.48),
+        ("frozen_head", True, 0.31),
+        ("recompute", False, 1.53),
+        ("recompute", True, 0.40),
     ],
 )
 @ON_OWN_KERNELS

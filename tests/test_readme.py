@@ -1,4 +1,4 @@
-"""Every table of the README is what its result file gives."""
+"""Every table of the README, and of the kernels' notes, is what its result file gives."""
 
 import json
 import re
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fastpref.commands.benchmark import trainer
 from fastpref.commands.benchmark.report import insert_tables, main, markdown_tables
+from fastpref.commands.plan import trunk_tokens
 from fastpref.objectives import PUBLISHED_SETTINGS
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +29,45 @@ def test_tables_come_from_the_committed_run():
     for name in tables:
         assert f"<!-- {name} -->" in text
     assert insert_tables(text, tables) == text
+
+
+def test_the_kernels_notes_are_of_the_compiled_kernels():
+    """Their column sm_90: registers, KiB of shared memory; instructions."""
+    compiled = json.loads((ROOT / "bench/results/compile-3.7.json").read_text())["kernels"]
+    table = (ROOT / "kernels/NOTES.md").read_text().split("| sm_90 |")[1].split("\n\n")[0]
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    found = {kernel: cell for kernel, *_, cell in lines}
+    assert found == {kernel: _sm_90(kernel, compiled) for kernel in found}
+    names = {kernel.split("`")[1] for kernel in found}
+    assert names == {each["kernel"] for each in compiled}
+
+
+def _sm_90(kernel, compiled):
+    """Of "`name`", all its variants; of "`name`: one; another", those."""
+    name, _, variants = kernel.replace("`", "").partition(": ")
+    of = [
+        each
+        for each in compiled
+        if (each["architecture"], each["kernel"]) == ("sm_90", name)
+        and (not variants or each["variant"] in variants.split("; "))
+    ]
+    shared = _span([each["shared"] and max(1, round(each["shared"] / 1024)) for each in of])
+    shared = "none" if shared == "0" else f"{shared} KiB"
+    registers, code = (_span([each[key] for each in of]) for key in ("registers", "instructions"))
+    return f"{registers}, {shared}; {code}"
+
+
+def _span(values):
+    return " to ".join(f"{value:,}" for value in sorted({min(values), max(values)}))
+
+
+def test_tokens_of_the_trunk_are_counted():
+    """Padded, padding-free and with shared prompts, of the benchmark's lengths at both ratios."""
+    sentence = (ROOT / "README.md").read_text().split("By counting")[1].split("**")[0]
+    found = [int(number.replace(",", "")) for number in re.findall(r"\d+,\d+", sentence)]
+    ratios = trainer.RATIOS.values()
+    counted = [trunk_tokens(trainer.lengths_at(ratio), trainer.PAIRS) for ratio in ratios]
+    assert found == [tokens for of_ratio in counted for tokens in of_ratio.values()]
 
 
 GPU_RUN = {
