@@ -35,8 +35,8 @@ class HeadOptions(TypedDict):
 class Head:
     """The LM head: `z = cap·tanh(scale·(W h + b) / cap) / temperature`.
 
-    W is `weight`, or `[frozen_scale ∘ frozen_weight | weight]`, of which only some rows at a time
-    are put together.
+    W is `weight`, or `[frozen_scale ∘ frozen_weight | weight]`, put together some rows at a time,
+    or `whole` for kernels that read all of it.
 
     `compute_dtype` is what the operands of matrix products are rounded to: autocast's dtype, or
     what torch promotes hidden's and weight's to. Accumulation and everything after it is in

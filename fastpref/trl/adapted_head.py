@@ -1,9 +1,10 @@
-"""Adapters of PEFT on the LM head, as what the projection takes: no effective weight is made.
+"""Adapters of PEFT on the LM head, as what the projection takes: W + s·B A is not formed.
 
 LoRA's logits W h + s·B A h are those of the head `[W | B]` from the hidden states `[h | s·A h]`: W
 is frozen columns, B trains as the others, A through the hidden states; no gradient V × H is ever
-formed. DoRA multiplies the rows of both by magnitude over norm; the norm is a constant, as in its
-paper and in PEFT. Trained tokens are LoRA with B the rows they stand in and A what they add there.
+formed. `[W | B]` is put together slice by slice, or once a pass by Triton's kernels in half
+precision. DoRA multiplies the rows of both by magnitude over norm; the norm is a constant, as in
+its paper and in PEFT. Trained tokens are LoRA with B the rows they stand in and A what they add.
 """
 
 from __future__ import annotations
