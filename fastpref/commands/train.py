@@ -329,6 +329,7 @@ def _make_trainer(settings: TrainSettings, dtype: str, eval_name: str, console: 
         max_length=settings.max_length,
         bf16=dtype == "bfloat16",
         use_cpu=not torch.accelerator.is_available(),
+        accelerator_config={"use_configured_state": True},  # the processes that are joined already
         dataloader_pin_memory=torch.accelerator.is_available(),
         gradient_checkpointing=settings.gradient_checkpointing,
         padding_free=settings.padding_free,
