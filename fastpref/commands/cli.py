@@ -1,4 +1,4 @@
-"""The commands: `fastpref train`, `verify`, `bench`, `plan` and `tune`."""
+"""The commands: `fastpref train`, `launch`, `verify`, `bench`, `plan` and `tune`."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
+_LAUNCH = Path(__file__).with_name("launch")
+ENGINES = [path.stem for path in sorted(_LAUNCH.glob("*.yaml"))]
 _HYPERPARAMETERS = "Hyperparameters (the objective's defaults where not given)"
 _RUN = "The run"
 _MEMORY = "Memory and precision"
@@ -258,6 +260,19 @@ def _more_fields(texts: list[str], given: dict[str, Any]) -> dict[str, Any]:
         except json.JSONDecodeError:
             fields[name] = value
     return fields
+
+
+@app.command("launch")
+def launch_command(
+    engine: Annotated[str, typer.Argument(help=f"One of {', '.join(ENGINES)}.")],
+) -> None:
+    """Print the path of a configuration for accelerate launch, which starts `-m fastpref train`.
+
+    accelerate launch --config_file "$(fastpref launch fsdp2)" --num_processes 8 -m fastpref train …
+    """
+    if engine not in ENGINES:
+        _fail(f"unknown engine {engine!r}; expected one of {', '.join(ENGINES)}")
+    typer.echo(_LAUNCH / f"{engine}.yaml")
 
 
 @app.command("verify")
