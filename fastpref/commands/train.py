@@ -118,11 +118,10 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
             console.print(f"this run is finished: {reached} are trained, and no more was asked for")
             _report(settings.output, given.results, console)
             return given.results
-    try:
-        return _run(settings, objective, dtype, given, finished, console)
-    finally:
-        if processes().is_main_process:
-            shutil.rmtree(settings.output / DATA_SETS, ignore_errors=True)
+    results = _run(settings, objective, dtype, given, finished, console)
+    if processes().is_main_process:
+        shutil.rmtree(settings.output / DATA_SETS)
+    return results
 
 
 def _run(
@@ -241,7 +240,7 @@ def _prepare(settings: TrainSettings, objective: Objective, dtype: str, console:
         results = _results_of(settings.output, run, checkpoint)
     if results is None:
         has_template = tokenizer_of(settings.model).chat_template is not None
-        shutil.rmtree(settings.output / DATA_SETS, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(settings.output / DATA_SETS, ignore_errors=True)  # of a run that failed
         for name, pairs in (("train", train_pairs), ("eval", eval_pairs)):
             rows = Dataset.from_list(examples(pairs, has_template))
             rows.save_to_disk(settings.output / DATA_SETS / name)
@@ -308,7 +307,6 @@ def _keep_quiet() -> None:
 
 def _make_trainer(settings: TrainSettings, dtype: str, eval_name: str, console: Console) -> Any:
     from datasets import load_from_disk
-    from transformers import AutoModelForCausalLM
     from transformers.trainer_callback import PrinterCallback
 
     from fastpref.trl import PreferenceConfig
@@ -354,9 +352,8 @@ def _make_trainer(settings: TrainSettings, dtype: str, eval_name: str, console: 
     data_sets = settings.output / DATA_SETS
     if not data_sets.is_dir():
         raise FileNotFoundError(f"{settings.output} must be one directory that all processes see")
-    weights = getattr(torch, dtype) if settings.lora else torch.float32
     trainer = _trainer_class(eval_name, console)(
-        AutoModelForCausalLM.from_pretrained(settings.model, dtype=weights),
+        load_policy(settings, dtype),
         args=config,
         train_dataset=load_from_disk(data_sets / "train"),
         eval_dataset=load_from_disk(data_sets / "eval"),
@@ -365,6 +362,19 @@ def _make_trainer(settings: TrainSettings, dtype: str, eval_name: str, console: 
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def load_policy(settings: TrainSettings, dtype: str) -> Any:
+    """The model, its layers and head shared out where accelerate was given a `tp_size`."""
+    from transformers import AutoModelForCausalLM
+
+    more: dict[str, Any] = {}
+    if (tp_size := int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", 1))) > 1:
+        from transformers.distributed import DistributedConfig
+
+        more["distributed_config"] = DistributedConfig(tp_size=tp_size)
+    weights = getattr(torch, dtype) if settings.lora else torch.float32
+    return AutoModelForCausalLM.from_pretrained(settings.model, dtype=weights, **more)
 
 
 def tokenizer_of(model: str) -> Any:
