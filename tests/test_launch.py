@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -286,34 +287,36 @@ class Head(nn.Module):
 
 
 def bytes_of_fsdp(rank, problem):
-    """Bytes of the whole, by collective, that a head of its own in FSDP2 exchanges in a step."""
+    """Bytes of the whole, by collective, that a head by itself in FSDP2 exchanges in a step."""
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
     head = Head(problem)
     fully_shard(head, mesh=distributed.init_device_mesh("cpu", (2,)))
     counted = {"all_gather": 0, "reduce_scatter": 0}
-    originals = {}
 
-    def count(name, operation):
-        original = originals[name] = getattr(distributed, name)
-
-        def counting(output, given, *more, **options):
-            whole = output if operation == "all_gather" else given
+    def counting(operation, original):
+        def exchange(*given, **named):
+            output, sent, *_ = signature(original).bind(*given, **named).arguments.values()
+            whole = output if operation == "all_gather" else sent
             counted[operation] += whole.numel() * whole.element_size()
-            return original(output, given, *more, **options)
+            return original(*given, **named)
 
-        setattr(distributed, name, counting)
+        return exchange
 
-    count("all_gather_into_tensor", "all_gather")
-    count("reduce_scatter_tensor", "reduce_scatter")
-    try:
+    names = {  # torch's, older and newer
+        "all_gather_into_tensor": "all_gather",
+        "all_gather_single": "all_gather",
+        "reduce_scatter_tensor": "reduce_scatter",
+        "reduce_scatter_single": "reduce_scatter",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, operation in names.items():
+            if original := getattr(distributed, name, None):
+                patch.setattr(distributed, name, counting(operation, original))
         hidden = torch.randn(len(problem.counts), problem.counts[0], problem.hidden_size)
         targets = torch.randint(0, problem.vocabulary, hidden.shape[:2])
         head(hidden.requires_grad_(), targets).backward()
-    finally:
-        for name, original in originals.items():
-            setattr(distributed, name, original)
     return counted
 
 
