@@ -488,28 +488,28 @@ def plan_command(
         problem = layout.of_rank(whole)
     except ValueError as error:
         _fail(str(error))
-    of_rank = {"whole": cp == 1}
+    is_whole = cp == 1  # each sequence on a rank
     table = new_table(
         f"{pairs} pairs of 2 × {length} tokens, H {hidden_size}, V {vocabulary}, bf16, {gpu}"
         + f", one of {tp * fsdp * cp} ranks" * (tp * fsdp * cp > 1),
         *("", "products", "TFLOP", "peak GB", "floor ms", f"pairs in {room / 1e9:.3g} GB"),
     )
     try:
-        for each in estimates(problem, bytes_, room, **of_rank):
+        for each in estimates(problem, bytes_, room, whole=is_whole):
             table.add_row(
                 f"{each.name} (auto)" if each.automatic else each.name,
                 f"{each.products:g} U",
                 f"{each.flop / 1e12:.1f}",
                 f"{each.extra_bytes / 1e9:.2f}",
                 f"{1e3 * each.floor_seconds(spec):.1f}",
-                _at_least(largest_batch(each.name, problem, room, bytes_, **of_rank), length),
+                _at_least(largest_batch(each.name, problem, room, bytes_, whole=is_whole), length),
                 style="bold" if each.automatic else None,
             )
-        reason = planned(problem, bytes_, room, **of_rank).reason
+        reason = planned(problem, bytes_, room, whole=is_whole).reason
     except ValueError as error:
         _fail(str(error))
     show(console, table)
-    if not lora and cp == 1:
+    if not lora and is_whole:
         console.print(f"pair groups: {budget_and_why(problem, bytes_, room)}.")
     console.print(f"auto: {reason}. Predictions, not measurements; peak beyond inputs and weights.")
     if exchanges := layout.exchanges(whole):
