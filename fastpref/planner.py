@@ -13,10 +13,12 @@ advance what a batch would need. U is one matrix product, 2·N·H·V FLOP for N 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+
+from fastpref.domains import check_fields, number
 
 SCHEDULES = ("auto", "frozen_head", "pair_groups", "recompute")
 
@@ -483,3 +485,115 @@ def workspace_bytes(problem: Problem, rows: int, columns: int) -> int:
         return 384 * min(columns, 5120) * problem.element_bytes + 10 * MIB
     packed = max(128 * columns, min(rows, 384) * min(columns, 16384))
     return packed * problem.element_bytes + 12 * MIB
+
+
+# --- several ranks ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One collective of a step, or several that do the same for parts of it.
+
+    Args:
+        what: that is exchanged.
+        operation: "all_gather", "reduce_scatter" or "all_reduce".
+        ranks: that take part.
+        bytes: of the whole: what was gathered, what is scattered, what is reduced.
+    """
+
+    what: str
+    operation: str
+    ranks: int
+    bytes: int
+
+    @property
+    def sent(self) -> int:
+        """Bytes that a rank sends, and receives, around a ring; an all-reduce goes twice."""
+        rounds = 2 if self.operation == "all_reduce" else 1
+        return rounds * self.bytes * (self.ranks - 1) // self.ranks
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks share a head; their product work on the same pairs, or each on its own.
+
+    Args:
+        tp: ranks that hold consecutive tokens of the vocabulary and see the same rows.
+        fsdp: ranks that each hold a part of the (tp-th part of the) head, gather it and scatter
+            its gradient, and see rows of their own.
+        cp: ranks that share out the positions of every sequence.
+
+    Raises:
+        TypeError, ValueError: one of them is no integer or less than 1.
+    """
+
+    tp: int = number(1, at_least=1, whole=True)
+    fsdp: int = number(1, at_least=1, whole=True)
+    cp: int = number(1, at_least=1, whole=True)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def of_rank(self, problem: Problem) -> Problem:
+        """What the rank with the largest shard and the most rows has to do.
+
+        Args:
+            problem: of the whole head, and the rows of one group of tp × cp ranks.
+
+        Raises:
+            ValueError: more ranks than tokens, or than positions of the shortest sequence.
+        """
+        if self.tp * self.fsdp > problem.vocabulary:
+            raise ValueError(
+                f"tp={self.tp} × fsdp={self.fsdp} ranks share {problem.vocabulary} rows of the "
+                "head: some would have none"
+            )
+        if self.cp > min(problem.counts):
+            raise ValueError(
+                f"cp={self.cp} ranks share the scored positions of every sequence, and one has "
+                f"{min(problem.counts)}"
+            )
+        return replace(
+            problem,
+            vocabulary=-(-problem.vocabulary // self.tp),
+            counts=tuple(-(-count // self.cp) for count in problem.counts),
+            total_rows=-(-problem.total_rows // self.cp),
+        )
+
+    def head_bytes(self, problem: Problem) -> tuple[int, int]:
+        """Of the head that a rank holds between steps, and of what it gathers for one."""
+        of_row = problem.hidden_size * (problem.head_dtype or problem.dtype).itemsize
+        rows = self.of_rank(problem).vocabulary
+        gathered = self.fsdp * -(-rows // self.fsdp)  # shards are padded to one size
+        return gathered // self.fsdp * of_row, gathered * of_row * (self.fsdp > 1)
+
+    def exchanges(self, problem: Problem, stats: int = 0) -> list[Exchange]:
+        """What a rank sends for one loss and its gradients; prompts that are projected once.
+
+        Of a vocabulary in parts, a row's log-sum-exp and its target's logit, in the dtype of
+        log-probabilities, and the gradient of its hidden state, a sum over ranks in that dtype;
+        of a head in shards, all of it, once, and once its gradient in its own dtype; of sequences
+        in parts, their log-probabilities and lengths.
+
+        Args:
+            stats: statistics of a row that are asked for besides; "is_top1" is two.
+        """
+        mine = self.of_rank(problem)
+        wide, found = problem.element_bytes, []
+        if self.fsdp > 1:
+            _, whole = self.head_bytes(problem)
+            found.append(Exchange("head", "all_gather", self.fsdp, whole))
+            if problem.head_grad:
+                found.append(Exchange("its gradient", "reduce_scatter", self.fsdp, whole))
+        if self.tp > 1:
+            of_rows = self.tp * mine.rows * (2 + stats) * wide
+            found.append(Exchange("statistics of rows", "all_gather", self.tp, of_rows))
+            if problem.hidden_grad:
+                of_hidden = mine.rows * problem.hidden_size * wide
+                found.append(
+                    Exchange("gradient of hidden states", "all_reduce", self.tp, of_hidden)
+                )
+        if self.cp > 1:
+            of_sequences = 2 * len(problem.counts) * wide
+            found.append(Exchange("sums of sequences", "all_reduce", self.cp, of_sequences))
+        return found

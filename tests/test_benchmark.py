@@ -465,5 +465,5 @@ def test_estimates_of_a_llama_3_8b():
     assert found["naive"].extra_bytes > 5 * found["pair_groups"].extra_bytes
     pairs = largest_batch("naive", problem, int(80e9))
     assert 8 < pairs < largest_batch("recompute", problem, int(80e9))
-    split = problem_for(4096, 128256, pairs=8, length=1024, tensor_parallel=4)
+    split = problem_for(4096, 128256, pairs=8, length=1024, layout=planner.Layout(tp=4))
     assert split.vocabulary == 32064

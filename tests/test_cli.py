@@ -156,7 +156,7 @@ def test_train_resumes(tiny_llama, pairs_file, tmp_path):
         (["--balance"], "balance: None in the checkpoint, {'source': 'policy'"),
         (["--learning-rate", "1e-3"], "learning_rate: 1e-06 in the checkpoint, 0.001 asked for"),
         (["--batch-size", "1"], "batch_size: 2 in the checkpoint, 1 asked for"),
-        (["--grad-accum", "2"], "grad_accum: 1 in the checkpoint, 2 asked for"),
+        (["--grad-accum", "2"], "batches_an_update: 1 in the checkpoint, 2 asked for"),
         (["--max-length", "64"], "max_length: 1024 in the checkpoint, 64 asked for"),
         (["--lora"], "lora_rank: None in the checkpoint, 16 asked for"),
         (["--dtype", "bfloat16"], "dtype: float32 in the checkpoint, bfloat16 asked for"),

@@ -1,4 +1,4 @@
-"""The commands: `fastpref train`, `verify`, `bench`, `plan` and `tune`."""
+"""The commands: `fastpref train`, `launch`, `verify`, `bench`, `plan` and `tune`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fastpref.backends import BACKENDS, choose_backend
 from fastpref.commands.benchmark.workloads import HEADS
 from fastpref.commands.plan import (
     GPUS,
+    LINKS,
     MOST_PAIRS,
     MOST_TOKENS,
     budget_and_why,
@@ -34,7 +35,7 @@ from fastpref.commands.plan import (
 from fastpref.commands.tables import new_table, show
 from fastpref.commands.verify import SHAPES, Result, objectives_to_verify, verify
 from fastpref.objectives import hyperparameters, objective_names
-from fastpref.planner import SCHEDULES
+from fastpref.planner import SCHEDULES, Exchange, Layout, Problem
 
 app = typer.Typer(
     help="Preference tuning without logits: train a model, verify the numbers on this machine.",
@@ -44,6 +45,8 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
+_LAUNCH = Path(__file__).with_name("launch")
+ENGINES = [path.stem for path in sorted(_LAUNCH.glob("*.yaml"))]
 _HYPERPARAMETERS = "Hyperparameters (the objective's defaults where not given)"
 _RUN = "The run"
 _MEMORY = "Memory and precision"
@@ -259,6 +262,19 @@ def _more_fields(texts: list[str], given: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
+@app.command("launch")
+def launch_command(
+    engine: Annotated[str, typer.Argument(help=f"One of {', '.join(ENGINES)}.")],
+) -> None:
+    """Print the path of a configuration for accelerate launch, which starts `-m fastpref train`.
+
+    accelerate launch --config_file "$(fastpref launch fsdp2)" --num_processes 8 -m fastpref train …
+    """
+    if engine not in ENGINES:
+        _fail(f"unknown engine {engine!r}; expected one of {', '.join(ENGINES)}")
+    typer.echo(_LAUNCH / f"{engine}.yaml")
+
+
 @app.command("verify")
 def verify_command(
     device: Annotated[str, typer.Option(help="Device; default the accelerator, or cpu.")] = "",
@@ -418,7 +434,15 @@ def plan_command(
     ] = 1024,
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h200",
     lora: Annotated[bool, typer.Option(help="The head is frozen.")] = False,
-    tp: Annotated[int, typer.Option(help="Ranks that share the vocabulary.", min=1)] = 1,
+    tp: Annotated[
+        int, typer.Option(help="Ranks that share the vocabulary, of the same pairs.", min=1)
+    ] = 1,
+    fsdp: Annotated[
+        int, typer.Option(help="Ranks that shard the head's weight, each with its pairs.", min=1)
+    ] = 1,
+    cp: Annotated[
+        int, typer.Option(help="Ranks that share the positions of every sequence.", min=1)
+    ] = 1,
     free: Annotated[
         float | None, typer.Option(help="Free memory in GB; default all of the GPU's.")
     ] = None,
@@ -436,6 +460,9 @@ def plan_command(
     Nothing is run and no weight is read. The floor is what the GPU's matrix rate and bandwidth
     allow; the largest batch is the most pairs whose hidden states and loss fit the free memory,
     of which a run takes at most an eighth for logits.
+
+    Of several ranks, what the one with the largest share of the vocabulary and of the positions
+    has to do, and what it sends.
     """
     from fastpref.commands.train import check_model
 
@@ -455,33 +482,65 @@ def plan_command(
     spec = GPUS[gpu]
     room = int(spec.memory if free is None else free * 1e9)
     bytes_ = None if budget is None else budget * 2**20
-    problem = problem_for(
-        hidden_size, vocabulary, pairs=pairs, length=length, lora=lora, tensor_parallel=tp
-    )
+    whole = problem_for(hidden_size, vocabulary, pairs=pairs, length=length, lora=lora)
+    layout = Layout(tp, fsdp, cp)
+    try:
+        problem = layout.of_rank(whole)
+    except ValueError as error:
+        _fail(str(error))
+    is_whole = cp == 1  # each sequence on a rank
     table = new_table(
-        f"{pairs} pairs of 2 × {length} tokens, H {hidden_size}, V {vocabulary}, bf16, {gpu}",
+        f"{pairs} pairs of 2 × {length} tokens, H {hidden_size}, V {vocabulary}, bf16, {gpu}"
+        + f", one of {tp * fsdp * cp} ranks" * (tp * fsdp * cp > 1),
         *("", "products", "TFLOP", "peak GB", "floor ms", f"pairs in {room / 1e9:.3g} GB"),
     )
     try:
-        for each in estimates(problem, bytes_, room):
+        for each in estimates(problem, bytes_, room, whole=is_whole):
             table.add_row(
                 f"{each.name} (auto)" if each.automatic else each.name,
                 f"{each.products:g} U",
                 f"{each.flop / 1e12:.1f}",
                 f"{each.extra_bytes / 1e9:.2f}",
                 f"{1e3 * each.floor_seconds(spec):.1f}",
-                _at_least(largest_batch(each.name, problem, room, bytes_), length),
+                _at_least(largest_batch(each.name, problem, room, bytes_, whole=is_whole), length),
                 style="bold" if each.automatic else None,
             )
-        reason = planned(problem, bytes_, room).reason
+        reason = planned(problem, bytes_, room, whole=is_whole).reason
     except ValueError as error:
         _fail(str(error))
     show(console, table)
-    if not lora:
+    if not lora and is_whole:
         console.print(f"pair groups: {budget_and_why(problem, bytes_, room)}.")
     console.print(f"auto: {reason}. Predictions, not measurements; peak beyond inputs and weights.")
+    if exchanges := layout.exchanges(whole):
+        _show_exchanges(layout, whole, exchanges)
     if data is not None:
         _show_trunk_tokens(model, data, pairs)
+
+
+def _show_exchanges(layout: Layout, whole: Problem, exchanges: list[Exchange]) -> None:
+    table = new_table(
+        "a rank sends, a step", "", "", "ranks", "MB", *(f"ms, {link}" for link in LINKS), text=2
+    )
+    for each in exchanges:
+        times = (f"{1e3 * each.sent / rate:.3f}" for rate in LINKS.values())
+        operation = each.operation.replace("_", "-")
+        table.add_row(each.what, operation, str(each.ranks), f"{each.sent / 1e6:,.3f}", *times)
+    show(console, table)
+    held, gathered = layout.head_bytes(whole)
+    console.print(
+        f"The head: {held / 1e9:.3f} GB on a rank"
+        + f", {gathered / 1e9:.3f} GB while it is gathered" * bool(gathered)
+        + ". Links at their published rates, "
+        + ", ".join(f"{link} {rate / 1e9:g} GB/s a direction" for link, rate in LINKS.items())
+        + "."
+    )
+    rows, most = layout.tp, layout.of_rank(whole).vocabulary
+    if rows * most != whole.vocabulary:
+        console.print(
+            f"{whole.vocabulary:,} tokens do not divide by {rows}: ranks have {most:,} of them, "
+            f"the last {max(0, whole.vocabulary - (rows - 1) * most):,}, and wait for the largest."
+        )
 
 
 def _show_trunk_tokens(model: str, data: Path, pairs: int) -> None:

@@ -2,7 +2,8 @@
 
 Bytes are the planner's own predictions; peers' are counted from their code. A time floor is the
 larger of FLOP over the GPU's dense 16-bit matrix rate and bytes moved over its bandwidth: no
-implementation is faster, and real ones are slower.
+implementation is faster, and real ones are slower. What ranks exchange is counted as sent around a
+ring over links at their published rates.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 
 from fastpref.memory import SHARE, share_of
 from fastpref.planner import (
+    Layout,
     Plan,
     Problem,
     default_budget,
@@ -47,6 +49,11 @@ GPUS = {
     "b200": Gpu(2250e12, 8.0e12, 180e9),
     "mi300x": Gpu(1307e12, 5.3e12, 192e9),
 }
+
+
+# Bytes/s that a GPU sends over a link, as vendors publish them: half of the 900 GB/s that an H100's
+# NVLink moves in both directions together, and the 400 Gb/s of an NDR InfiniBand port.
+LINKS = {"nvlink": 450e9, "infiniband": 50e9}
 
 
 @dataclass(frozen=True)
@@ -88,15 +95,15 @@ def problem_for(
     pairs: int,
     length: int,
     lora: bool = False,
-    tensor_parallel: int = 1,
+    layout: Layout | None = None,
     device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Problem:
-    """Pairs of two responses of `length` scored tokens; a rank holds V / tensor_parallel rows."""
-    return Problem(
+    """Pairs of two responses of `length` scored tokens; of ranks, what the busiest has of them."""
+    problem = Problem(
         counts=(length,) * (2 * pairs),
         hidden_size=hidden_size,
-        vocabulary=-(-vocabulary // tensor_parallel),
+        vocabulary=vocabulary,
         dtype=dtype,
         accumulate_dtype=torch.float32,
         device=device,
@@ -105,25 +112,40 @@ def problem_for(
         head_grad=not lora,
         kept_dtype=torch.float16 if device == "cuda" and dtype.itemsize == 2 else None,
     )
+    return problem if layout is None else layout.of_rank(problem)
 
 
 def planned(
-    problem: Problem, budget: int | None = None, free: int | None = None, schedule: str = "auto"
+    problem: Problem,
+    budget: int | None = None,
+    free: int | None = None,
+    schedule: str = "auto",
+    *,
+    whole: bool = True,
 ) -> Plan:
-    """Of pairs; a budget that is not given has its share of `free` bytes, None for no bound."""
+    """Of pairs; a budget that is not given has its share of `free` bytes, None for no bound.
+
+    Of sequences that are not `whole` on a rank token log-probabilities are planned: their sums, and
+    with them the loss, are known when all ranks have theirs.
+    """
     spare = None if free is None else functools.partial(share_of, free)
-    return make_plan(problem, schedule=schedule, budget=budget, spare=spare, pairs=True)
+    return make_plan(problem, schedule=schedule, budget=budget, spare=spare, pairs=whole)
 
 
 def estimates(
-    problem: Problem, budget: int | None = None, free: int | None = None
+    problem: Problem, budget: int | None = None, free: int | None = None, *, whole: bool = True
 ) -> list[Estimate]:
-    """Every schedule that gives the gradients, then naive, TRL and Liger; see `planned`."""
-    automatic = planned(problem, budget, free).schedule
-    schedules = ["pair_groups" if problem.head_grad else "frozen_head", "recompute"]
+    """Every schedule that gives the gradients, then naive, TRL and Liger; see `planned`.
+
+    The peers take whole sequences only.
+    """
+    automatic = planned(problem, budget, free, whole=whole).schedule
+    schedules = ["recompute"]
+    if whole or not problem.head_grad:
+        schedules = ["pair_groups" if problem.head_grad else "frozen_head", *schedules]
     found = []
     for schedule in schedules:
-        plan = planned(problem, budget, free, schedule)
+        plan = planned(problem, budget, free, schedule, whole=whole)
         products = plan.flop / _product(problem)
         # Bytes a logit: fp32 written, read for statistics (recompute has them) and for its
         # gradient, that written in 16 bits and read by each product that takes it.
@@ -146,10 +168,12 @@ def estimates(
                 automatic=schedule == automatic,
             )
         )
-    return [*found, _naive(problem), _trl(problem), _liger(problem)]
+    return [*found, _naive(problem), _trl(problem), _liger(problem)] if whole else found
 
 
-def largest_batch(name: str, problem: Problem, free: int, budget: int | None = None) -> int:
+def largest_batch(
+    name: str, problem: Problem, free: int, budget: int | None = None, *, whole: bool = True
+) -> int:
     """The most pairs whose hidden states and peak fit into `free` bytes; 0 if none does.
 
     Never more than `MOST_PAIRS`, nor pairs of more than `MOST_TOKENS`.
@@ -161,7 +185,8 @@ def largest_batch(name: str, problem: Problem, free: int, budget: int | None = N
         rows = pairs * sum(of_pair)
         many = dataclasses.replace(problem, counts=of_pair * pairs, total_rows=rows)
         hidden = rows * problem.hidden_size * problem.dtype.itemsize
-        peak = next(e.extra_bytes for e in estimates(many, budget, free) if e.name == name)
+        found = estimates(many, budget, free, whole=whole)
+        peak = next(e.extra_bytes for e in found if e.name == name)
         return hidden + peak <= free
 
     low, high = 0, 1

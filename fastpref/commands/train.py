@@ -7,10 +7,12 @@ import json
 import logging
 import os
 import platform
+import shutil
 import tempfile
 import time
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 CURVES = "curves.png"
 RESULTS = "results.json"
+DATA_SETS = ".data_sets"  # in the output, while a run reads them: one place that all processes see
 DTYPES = ("auto", "float32", "bfloat16")
 SHARE_PROMPT = ("auto", "true", "false")
 LORA_RANK = 16
@@ -99,69 +102,90 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
         step.
     """
     _keep_quiet()
-    objective = make_objective(settings.objective, **settings.hyperparameters)
-    train_pairs, eval_pairs, eval_name = _read(settings, objective, console)
-    check_directory(settings.output)
-    check_model(settings.model)
-    from fastpref.commands.resume import KeepRun, describe_run, find_checkpoint
+    from fastpref.commands.processes import on_main, processes, together
 
+    if not processes().is_main_process:
+        console = Console(quiet=True)
     dtype = _dtype(settings.dtype)
-    run = describe_run(settings, dtype, objective, train_pairs) if settings.resume else None
-    checkpoint = None if run is None else find_checkpoint(settings.output, run)
-    finished = None
+    with together():
+        objective = make_objective(settings.objective, **settings.hyperparameters)
+    given = on_main(partial(_prepare, settings, objective, dtype, console))
+    checkpoint, finished = given.checkpoint, None
     if checkpoint is not None and checkpoint.reaches(settings):
         finished = checkpoint
-    results = None if finished is None else _results_of(settings.output, run, finished)
-    if finished is not None and results is not None:
-        reached = f"{finished.state.global_step} steps, {finished.state.epoch:.3g} epochs"
-        console.print(f"this run is finished: {reached} are trained, and no more was asked for")
-        _report(settings.output, results, console)
-        return results
+        if given.results is not None:
+            reached = f"{finished.state.global_step} steps, {finished.state.epoch:.3g} epochs"
+            console.print(f"this run is finished: {reached} are trained, and no more was asked for")
+            _report(settings.output, given.results, console)
+            return given.results
+    results = _run(settings, objective, dtype, given, finished, console)
+    if processes().is_main_process:
+        shutil.rmtree(settings.output / DATA_SETS)
+    return results
 
+
+def _run(
+    settings: TrainSettings,
+    objective: Objective,
+    dtype: str,
+    given: _Given,
+    finished: Checkpoint | None,
+    console: Console,
+) -> dict[str, Any]:
+    from fastpref.commands.processes import processes
+    from fastpref.commands.resume import KeepRun
+
+    state, checkpoint = processes(), given.checkpoint
     with console.status("loading the model, reference log-probabilities"):
-        trainer = _make_trainer(settings, dtype, train_pairs, eval_pairs, eval_name, console)
+        trainer = _make_trainer(settings, dtype, given.eval_name, console)
     console.print(f"[bold]{objective!r}[/bold]", highlight=False)
     console.print(
         f"on {len(trainer.train_dataset)} pairs, {_parameters(trainer.model)}, {dtype}, "
-        f"evaluated on {len(trainer.eval_dataset)} {eval_name} pairs"
+        f"evaluated on {len(trainer.eval_dataset)} {given.eval_name} pairs"
+        + f", {state.num_processes} processes"
+        * (state.num_processes > 1)
     )
-    with console.status("evaluating before training"):
-        before = _evaluate(trainer)
+    before = {} if checkpoint is None else dict(checkpoint.before)
     started = time.monotonic()
     if finished is not None:  # but was interrupted before its end was evaluated
+        before = before or _evaluate(trainer)
         trainer._load_from_checkpoint(str(finished.path))
         trainer.state = finished.state
     else:
-        if run is not None:
-            trainer.add_callback(KeepRun(run))
+        if not before:
+            trainer.add_callback(_evaluation_callback(trainer, before))
+        if given.run is not None:
+            trainer.add_callback(KeepRun(given.run, given.evaluated_on, before))
         _train(trainer, checkpoint, console)
     seconds = time.monotonic() - started
     after = _evaluate(trainer)
     trainer.save_model(str(settings.output))
 
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    hardware = {"machine": platform.processor() or platform.machine(), "device": _device()}
     results = {
         "settings": json.loads(json.dumps(dataclasses.asdict(settings), default=str)),
-        "run": run,
+        "run": given.run,
         "objective": repr(objective),
         "dtype": dtype,
         "rewards_per_token": getattr(objective, "length_normalized", False),
         "versions": {name: version(name) for name in ("fastpref", "torch", "transformers", "trl")},
-        "hardware": {"machine": platform.processor() or platform.machine(), "device": _device()},
-        "evaluated_on": eval_name,
+        "hardware": hardware | {"processes": state.num_processes},
+        "evaluated_on": given.eval_name,
         "before": before,
         "after": after,
         "resumed_from_step": 0 if checkpoint is None else checkpoint.state.global_step,
         "train_seconds": seconds,
         "steps": history,
     }
-    draw_curves(
-        history,
-        settings.output / CURVES,
-        title=type(objective).__name__,
-        per_token=results["rewards_per_token"],
-    )
-    (settings.output / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+    if state.is_main_process:
+        draw_curves(
+            history,
+            settings.output / CURVES,
+            title=type(objective).__name__,
+            per_token=results["rewards_per_token"],
+        )
+        (settings.output / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
     _report(settings.output, results, console)
     return results
 
@@ -186,6 +210,41 @@ def _results_of(
 
 
 # --- what a run needs ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the main process finds out, before anything is loaded."""
+
+    eval_name: str  # what to call the pairs that are evaluated on
+    evaluated_on: str  # their digest
+    run: dict[str, Any] | None  # as `describe_run` has it, where the run may be resumed
+    checkpoint: Checkpoint | None
+    results: dict[str, Any] | None  # of this very run, which is finished
+
+
+def _prepare(settings: TrainSettings, objective: Objective, dtype: str, console: Console) -> _Given:
+    """Reads and checks what was given, and writes the data sets where every process reads them."""
+    from datasets import Dataset
+
+    from fastpref.commands.resume import describe_run, digest_of_pairs, find_checkpoint
+
+    train_pairs, eval_pairs, eval_name = _read(settings, objective, console)
+    check_directory(settings.output)
+    check_model(settings.model)
+    run = checkpoint = results = None
+    if settings.resume:
+        run = describe_run(settings, dtype, objective, train_pairs)
+        checkpoint = find_checkpoint(settings.output, run, eval_pairs)
+    if checkpoint is not None and checkpoint.reaches(settings):
+        results = _results_of(settings.output, run, checkpoint)
+    if results is None:
+        has_template = tokenizer_of(settings.model).chat_template is not None
+        shutil.rmtree(settings.output / DATA_SETS, ignore_errors=True)  # of a run that failed
+        for name, pairs in (("train", train_pairs), ("eval", eval_pairs)):
+            rows = Dataset.from_list(examples(pairs, has_template))
+            rows.save_to_disk(settings.output / DATA_SETS / name)
+    return _Given(eval_name, digest_of_pairs(eval_pairs), run, checkpoint, results)
 
 
 def check_directory(directory: Path) -> None:
@@ -246,16 +305,8 @@ def _keep_quiet() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
 
 
-def _make_trainer(
-    settings: TrainSettings,
-    dtype: str,
-    train_pairs: list[Pair],
-    eval_pairs: list[Pair],
-    eval_name: str,
-    console: Console,
-) -> Any:
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM
+def _make_trainer(settings: TrainSettings, dtype: str, eval_name: str, console: Console) -> Any:
+    from datasets import load_from_disk
     from transformers.trainer_callback import PrinterCallback
 
     from fastpref.trl import PreferenceConfig
@@ -276,6 +327,7 @@ def _make_trainer(
         max_length=settings.max_length,
         bf16=dtype == "bfloat16",
         use_cpu=not torch.accelerator.is_available(),
+        accelerator_config={"use_configured_state": True},  # the processes that are joined already
         dataloader_pin_memory=torch.accelerator.is_available(),
         gradient_checkpointing=settings.gradient_checkpointing,
         padding_free=settings.padding_free,
@@ -297,22 +349,32 @@ def _make_trainer(
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-    tokenizer = tokenizer_of(settings.model)
-    rows = [
-        Dataset.from_list(examples(pairs, tokenizer.chat_template is not None))
-        for pairs in (train_pairs, eval_pairs)
-    ]
-    weights = getattr(torch, dtype) if settings.lora else torch.float32
+    data_sets = settings.output / DATA_SETS
+    if not data_sets.is_dir():
+        raise FileNotFoundError(f"{settings.output} must be one directory that all processes see")
     trainer = _trainer_class(eval_name, console)(
-        AutoModelForCausalLM.from_pretrained(settings.model, dtype=weights),
+        load_policy(settings, dtype),
         args=config,
-        train_dataset=rows[0],
-        eval_dataset=rows[1],
-        processing_class=tokenizer,
+        train_dataset=load_from_disk(data_sets / "train"),
+        eval_dataset=load_from_disk(data_sets / "eval"),
+        processing_class=tokenizer_of(settings.model),
         peft_config=peft_config,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def load_policy(settings: TrainSettings, dtype: str) -> Any:
+    """The model, its layers and head shared out where accelerate was given a `tp_size`."""
+    from transformers import AutoModelForCausalLM
+
+    more: dict[str, Any] = {}
+    if (tp_size := int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", 1))) > 1:
+        from transformers.distributed import DistributedConfig
+
+        more["distributed_config"] = DistributedConfig(tp_size=tp_size)
+    weights = getattr(torch, dtype) if settings.lora else torch.float32
+    return AutoModelForCausalLM.from_pretrained(settings.model, dtype=weights, **more)
 
 
 def tokenizer_of(model: str) -> Any:
@@ -389,6 +451,20 @@ def _cut(prepared: Any, name: str, max_length: int) -> str:
     if not cut:
         return ""
     return f"responses of {cut} {name} pairs are cut, they end beyond max_length={max_length}"
+
+
+def _evaluation_callback(trainer: Any, metrics: dict[str, float]) -> Any:
+    """Evaluates where training begins: only then has every engine wrapped the model as it trains.
+
+    Prepared for an evaluation alone, ZeRO refuses it and DDP would leave its gradients unreduced.
+    """
+    from transformers import TrainerCallback
+
+    class EvaluateFirst(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            metrics.update(_evaluate(trainer))
+
+    return EvaluateFirst()
 
 
 def _evaluate(trainer: Any) -> dict[str, float]:

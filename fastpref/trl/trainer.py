@@ -378,7 +378,12 @@ class PreferenceTrainer(DPOTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._metrics["eval"].clear()  # predictions leave theirs behind, as nothing logs them
-        return super().evaluation_loop(*args, **kwargs)
+        found = super().evaluation_loop(*args, **kwargs)
+        if not (self.is_in_train or self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # It has prepared the model without DDP, and training would take it for prepared: each
+            # process would follow gradients of its own.
+            vars(self.model).pop("_is_accelerate_prepared", None)
+        return found
 
     def _first_time(self, pairs: int) -> int:
         """How many of this process's pairs are evaluated for the first time: its first ones.
