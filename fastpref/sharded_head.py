@@ -104,7 +104,7 @@ class LocalHead(NamedTuple):
         device = "cpu" if on_host else self.hidden.device
         notes = torch.tensor([refusal is not None, digest, size], device=device)
         every = notes.new_empty(distributed.get_world_size(self.group), len(notes))
-        distributed.all_gather_into_tensor(every, notes, group=self.group)
+        distributed.all_gather([*every], notes, group=self.group)
         refused, digests, sizes = every.T.tolist()
         if any(refused) or len({*digests}) > 1:
             self._raise(refusal, alike)

@@ -59,7 +59,7 @@ class Shards:
         """`(ranks, …)` of every rank."""
         found = values.new_empty((len(self.sizes), *values.shape))
         if values.numel():
-            distributed.all_gather_into_tensor(found, values.contiguous(), group=self.group)
+            distributed.all_gather([*found], values, group=self.group)
         return found
 
     def sum_(self, values: Tensor) -> Tensor:
@@ -223,9 +223,10 @@ def _merged(
     own: RowStats, targets: Tensor, shards: Shards, stats: tuple[str, ...]
 ) -> tuple[RowStats, Tensor]:
     """Statistics over all parts, and log w of this one `(n,)`."""
-    sent = [own.lse, own.logps, *(x.to(own.lse.dtype) for x in own.extra.values())]
+    names = _of_part(stats)  # in one order, whatever a backend's is
+    sent = [own.lse, own.logps, *(own.extra[name].to(own.lse.dtype) for name in names)]
     lses, logps, *extra = shards.gather(torch.stack(sent)).unbind(1)  # each (ranks, n)
-    of = dict(zip(own.extra, extra, strict=True))
+    of = dict(zip(names, extra, strict=True))
     peak = lses.amax(0)
     log_total = (lses - peak).exp().sum(0).log()
     log_share = lses - peak - log_total
