@@ -118,16 +118,21 @@ def share(rank, sizes):
     return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
 
-def furthest(found, truth, part, scale=None):
-    """The largest difference, in units of what it is compared to, and where."""
+def furthest(found, truth, part):
+    """The largest difference, relative to what it is compared to, and where.
+
+    Gradients are compared to all of theirs, numbers to 1 where they are smaller.
+    """
     assert found.keys() == truth.keys(), (found.keys(), truth.keys())
     worst = []
     for name, expected in truth.items():
         if name.endswith("gradient"):
             expected = expected[part]
-        size = truth[name].double().norm() if name.endswith(("gradient", "'s")) else 1
+        size = truth[name].double().norm()
+        if not name.endswith(("gradient", "'s")):
+            size = size.clamp(min=1)
         difference = (found[name].double() - expected.double()).norm()
-        worst.append(((difference / (1e-3 + size)).item(), name))
+        worst.append(((difference / size).item(), name))
     return max(worst)
 
 
@@ -158,10 +163,13 @@ def cases_of(world, schedules=SCHEDULES, heads=HEADS, objectives=OBJECTIVES):
         yield (schedule, head, name, sizes), name, stats, head, SCHEDULES[schedule], sizes
 
 
-# A number is a sum of V, of H or of a few hundred terms on either side, in another order; a
-# softmax multiplies its logits' errors, ε times their size of up to 50, or 1,000 "far apart".
 def allowed(dtype, head):
-    return (V + H) * (32 if head == "far apart" else 2) * torch.finfo(dtype).eps
+    """Of two sums of V products of H terms, in another order.
+
+    A softmax's relative error is that of its logits, ε times their size: 800 where they are "far
+    apart", less than V + H elsewhere.
+    """
+    return 2 * (1000 if head == "far apart" else V + H) * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -172,12 +180,16 @@ def test_every_schedule_is_as_on_one_rank(ranks, dtype):
 
 
 def test_bfloat16_is_rounded_once(ranks):
-    """Rows of gradient are summed over ranks before they are rounded."""
+    """Rows of gradient are summed over ranks before they are rounded.
+
+    The same sum but for float32's errors goes to the neighbour, 2⁻⁸ away, only where it lies that
+    near to the middle of two: of one number in so many.
+    """
+    one_in = 2**-8 / allowed(torch.float32, "plain")
     cases = [*cases_of(ranks.world, heads=("plain", "all of it"))]
     for found in ranks.run(compare, torch.bfloat16, cases):
         for key, (distance, name) in found.items():
-            # Both round to the nearest, which may be two neighbours, where sums lie between them.
-            assert distance <= 2**-9, (key, name, distance)
+            assert distance <= 2**-8 / one_in**0.5, (key, name, distance)
 
 
 # --- tokens ---------------------------------------------------------------------------------------
@@ -194,7 +206,7 @@ def tokens(rank, sizes, head, backend, dtype=torch.float64):
         logps, stats = fastpref.linear_logps(
             *given, stats=TOKEN_STATS, backend=backend, **options, **group
         )
-        (logps.sum() + (stats["entropy"] * logps.detach()).sum()).backward()
+        (logps + stats["entropy"]).sum().backward()
         sums, _ = fastpref.sequence_logps(*given, backend=backend, **options, **group)
         frozen = {k: x.detach() if isinstance(x, torch.Tensor) else x for k, x in options.items()}
         again = batch["hidden"].clone().requires_grad_()  # frozen head, and a gradient of entropy
