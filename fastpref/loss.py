@@ -52,6 +52,15 @@ def _eager(function: _F) -> _F:
     return cast(_F, torch.compiler.disable(function, **how))
 
 
+class _How(TypedDict):
+    """What decides how it is computed."""
+
+    backend: str
+    schedule: str
+    logits_budget: int | None
+    capturable: bool
+
+
 @_eager
 def preference_loss(
     hidden: Tensor,  # (K·B, T, H), or (total, H) with cu_seqlens
@@ -187,12 +196,9 @@ def preference_loss(
     stats = _names(stats)
     local = LocalHead.of(hidden, weight, head, vocab_group, weight_grad)
     hidden, weight, head, weight_grad, _ = local
-    how = {
-        "backend": backend,
-        "schedule": schedule,
-        "logits_budget": logits_budget,
-        "capturable": capturable,
-    }
+    how = _How(
+        backend=backend, schedule=schedule, logits_budget=logits_budget, capturable=capturable
+    )
     with local.agreeing(
         targets, **how, stats=stats, reduction=reduction, responses=responses
     ) as shards:
@@ -288,12 +294,9 @@ def sequence_logps(
     )
     local = LocalHead.of(hidden, weight, head, vocab_group)
     hidden, weight, head, *_ = local
-    how = {
-        "backend": backend,
-        "schedule": schedule,
-        "logits_budget": logits_budget,
-        "capturable": capturable,
-    }
+    how = _How(
+        backend=backend, schedule=schedule, logits_budget=logits_budget, capturable=capturable
+    )
     with local.agreeing(targets, **how) as shards:
         check_head(hidden, weight, targets, **head)
         check_sequences(hidden, targets, cu_seqlens, token_weights)
@@ -386,12 +389,9 @@ def linear_logps(
     stats = _names(stats)
     local = LocalHead.of(hidden, weight, head, vocab_group)
     hidden, weight, head, *_ = local
-    how = {
-        "backend": backend,
-        "schedule": schedule,
-        "logits_budget": logits_budget,
-        "capturable": capturable,
-    }
+    how = _How(
+        backend=backend, schedule=schedule, logits_budget=logits_budget, capturable=capturable
+    )
     with local.agreeing(targets, **how, stats=stats) as shards:
         check_head(hidden, weight, targets, **head, stats=stats, known_stats=TOKEN_STATS)
         if capturable:

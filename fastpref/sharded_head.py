@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, distributed
@@ -31,8 +31,8 @@ class LocalHead(NamedTuple):
     @classmethod
     def of(
         cls,
-        hidden: Tensor,
-        weight: Tensor,
+        hidden: Any,
+        weight: Any,
         options: HeadOptions,
         group: Any,
         weight_grad: Tensor | None = None,
@@ -50,8 +50,12 @@ class LocalHead(NamedTuple):
                     f"{hidden.placements}; redistribute it"
                 )
             hidden = hidden.to_local()
-        tensors = ("bias", "frozen_weight", "frozen_scale")
-        given = {name: options[name] for name in tensors} | {"weight_grad": weight_grad}
+        beside: dict[str, Any] = {
+            "bias": options["bias"],
+            "frozen_weight": options["frozen_weight"],
+            "frozen_scale": options["frozen_scale"],
+            "weight_grad": weight_grad,
+        }
         if _is_dtensor(weight):
             if group is not None:
                 raise ValueError(
@@ -59,17 +63,17 @@ class LocalHead(NamedTuple):
                     "a DTensor, which says itself where its others are"
                 )
             group = _group_of(weight)
-            given = {name: _local(name, x, weight) for name, x in given.items()}
+            beside = {name: _local(name, x, weight) for name, x in beside.items()}
             weight = weight.to_local()
         else:
-            for name, x in given.items():
+            for name, x in beside.items():
                 if _is_dtensor(x):
                     raise ValueError(f"{name} is a DTensor and weight is not: lay them out alike")
             _check_group(group)
         if group is not None and distributed.get_world_size(group) == 1:
             group = None
-        *of_options, weight_grad = given.values()
-        options = options | dict(zip(tensors, of_options, strict=True))
+        weight_grad = beside.pop("weight_grad")
+        options = cast(HeadOptions, {**options, **beside})
         return cls(hidden, weight, options, weight_grad, group)
 
     @contextlib.contextmanager
@@ -113,17 +117,15 @@ class LocalHead(NamedTuple):
     def _alike(self, targets: Tensor) -> dict[str, object]:
         """What must not differ between ranks, but for the settings."""
 
-        def of(x: Tensor | None) -> tuple[object, ...] | None:
-            return None if x is None else (x.dtype, *x.shape[1:], x.requires_grad)
+        def of(x: Tensor) -> tuple[object, ...]:
+            return x.dtype, *x.shape[1:], x.requires_grad
 
         places = torch.arange(1, 1 + targets.numel(), device=targets.device)
-        names = ("bias", "frozen_weight", "frozen_scale")
         return {
             "hidden": (self.hidden.shape, of(self.hidden)),
             "weight's dtype, columns and requires_grad": of(self.weight),
-            **{name: of(self.options[name]) for name in names},
-            **{name: x for name, x in self.options.items() if name not in names},
-            "weight_grad": of(self.weight_grad),
+            **{name: of(x) if isinstance(x, Tensor) else x for name, x in self.options.items()},
+            "weight_grad": None if self.weight_grad is None else of(self.weight_grad),
             "targets": (targets.shape, (targets.flatten() * places).sum().item()),
             "torch.is_grad_enabled()": torch.is_grad_enabled(),
         }

@@ -1,9 +1,9 @@
 """Tiles and groups of logits by torch's own matrix products, on any device.
 
 The elementwise work happens in place, on a few rows at a time so that they stay in the cache. A
-materialised group is E = exp(z − max z), and ∂ℓ/∂z = −(E − s·onehot) / s with s = Σ E: the division
-by s and every scalar of the head are one factor a row, applied to the small operands of the products
-instead of to the logits.
+materialised group is E = exp(z − max z), and ∂ℓ/∂z = −(E − s·onehot) / s with s = Σ E: the
+division by s and every scalar of the head are one factor a row, applied to the small operands of
+the products instead of to the logits.
 """
 
 from __future__ import annotations
