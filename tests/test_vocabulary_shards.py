@@ -574,7 +574,8 @@ def tensor_parallel(rank, directory):
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
         if parallel:
             mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-            apply_tensor_parallelism(model, mesh, {"lm_head": model._tp_plan["lm_head"]})
+            style = model._tp_plan["lm_head"]  # of the hooks, and of the weight
+            apply_tensor_parallelism(model, mesh, {"lm_head": style, "lm_head.weight": style})
         add_loss_head(model)
         out = model(input_ids=ids, loss_head=loss_head)
         out.loss.backward()
