@@ -8,25 +8,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, cast, overload
 
 import torch
 from torch import Tensor
 
 from fastpref import reference
 from fastpref.backends import TOKEN_STATS, HeadOptions, choose_backend
+from fastpref.backends.vocabulary_shards import Shards, VocabularyShards
 from fastpref.domains import Domain
 from fastpref.objectives import Objective
 from fastpref.output import PreferenceOutput
 from fastpref.planner import check_schedule
 from fastpref.scheduled import Scheduled
+from fastpref.sharded_head import LocalHead
 from fastpref.validation import (
     check_capturable,
     check_head,
     check_objective,
     check_sequences,
+    check_vocabulary,
     check_weight_grad,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Statistics of tokens that have a mean to report.
 _AVERAGED = ("entropy", "mean_logits", "is_top1")
@@ -44,6 +50,15 @@ def _eager(function: _F) -> _F:
     has_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # torch ≥ 2.7
     how = {"reason": _UNCOMPILED} if has_reason else {}
     return cast(_F, torch.compiler.disable(function, **how))
+
+
+class _How(TypedDict):
+    """What decides how it is computed."""
+
+    backend: str
+    schedule: str
+    logits_budget: int | None
+    capturable: bool
 
 
 @_eager
@@ -68,6 +83,7 @@ def preference_loss(
     temperature: float = 1.0,
     frozen_weight: Tensor | None = None,  # (V, F)
     frozen_scale: Tensor | None = None,  # (V,)
+    vocab_group: ProcessGroup | None = None,
     reduction: str = "mean",
     backend: str = "auto",
     schedule: str = "auto",
@@ -114,6 +130,18 @@ def preference_loss(
             the head, without its effective weight, is hidden `[h | s·A h]`, weight B and this: 2 U
             in place of 3.
         frozen_scale: multiplies frozen_weight's rows and gets its gradient, at 1 U more.
+        vocab_group: the ranks on which the head lies. On each, weight, bias, frozen_weight,
+            frozen_scale and weight_grad are its part of the vocabulary's rows `(V_r, …)`, in the
+            order of the ranks, of any sizes, 0 too; a DTensor weight of placement Shard(0) says all
+            that itself, and the others are DTensors like it. All else is the same on every rank,
+            hidden too (or a DTensor of Replicate()). So are then results and hidden's gradient; the
+            head's stays with its part. Nothing of size V is sent: of a scored row an all-gather of
+            8 bytes in the forward (4 more for each statistic, 8 for "is_top1", 4 for the alignments
+            that some objectives need; with backend="triton" and a frozen head in half precision an
+            all-reduce of 4), and in forward or backward, where hidden requires a gradient, an
+            all-reduce of 4 H; twice that in float64. A pair beyond the budget is projected twice
+            and gathered twice. Before, all ranks compare what they were given, 24 bytes. Each must
+            run the backward. capturable=True and backend="reference" are errors.
         reduction: "mean" over prompts (one of weight 0 counts), "sum" or "none".
         backend: "auto", "torch", "triton" or "reference"; one that cannot run is an error.
         schedule: "auto", "frozen_head" (2 U), "pair_groups" (3 U) or "recompute" (4 U), where U is
@@ -166,27 +194,41 @@ def preference_loss(
         frozen_scale=frozen_scale,
     )
     stats = _names(stats)
-    check_head(hidden, weight, targets, **head, stats=stats, known_stats=_AVERAGED)
-    prompts = check_sequences(
-        hidden, targets, cu_seqlens, token_weights, responses=responses, divides=weighted_lengths
+    local = LocalHead.of(hidden, weight, head, vocab_group, weight_grad)
+    hidden, weight, head, weight_grad, _ = local
+    how = _How(
+        backend=backend, schedule=schedule, logits_budget=logits_budget, capturable=capturable
     )
-    if capturable:
-        check_capturable(hidden, targets, cu_seqlens, token_weights)
-    check_weight_grad(weight, weight_grad, weight_grad_scale, reduction)
-    objective = check_objective(
-        objective,
-        prompts,
-        responses,
-        hidden.device,
-        ref_logps=ref_logps,
-        scores=scores,
-        pair_weights=pair_weights,
-        betas=betas,
-        extras=extras,
-        reduction=reduction,
-    )
-    into = weight_grad, weight_grad_scale
-    return _computing(backend, hidden, schedule, logits_budget, capturable, *into).preference_loss(
+    with local.agreeing(
+        targets, **how, stats=stats, reduction=reduction, responses=responses
+    ) as shards:
+        check_head(hidden, weight, targets, **head, stats=stats, known_stats=_AVERAGED)
+        prompts = check_sequences(
+            hidden,
+            targets,
+            cu_seqlens,
+            token_weights,
+            responses=responses,
+            divides=weighted_lengths,
+        )
+        if capturable:
+            check_capturable(hidden, targets, cu_seqlens, token_weights)
+        check_weight_grad(weight, weight_grad, weight_grad_scale, reduction)
+        objective = check_objective(
+            objective,
+            prompts,
+            responses,
+            hidden.device,
+            ref_logps=ref_logps,
+            scores=scores,
+            pair_weights=pair_weights,
+            betas=betas,
+            extras=extras,
+            reduction=reduction,
+        )
+        computing = _computing(hidden, shards, weight_grad, weight_grad_scale, **how)
+    check_vocabulary(weight, targets, len(weight) if shards is None else shards.vocabulary)
+    return computing.preference_loss(
         hidden,
         weight,
         targets,
@@ -220,6 +262,7 @@ def sequence_logps(
     temperature: float = 1.0,
     frozen_weight: Tensor | None = None,  # (V, F)
     frozen_scale: Tensor | None = None,  # (V,)
+    vocab_group: ProcessGroup | None = None,
     backend: str = "auto",
     schedule: str = "auto",
     logits_budget: int | None = None,
@@ -249,11 +292,19 @@ def sequence_logps(
         frozen_weight=frozen_weight,
         frozen_scale=frozen_scale,
     )
-    check_head(hidden, weight, targets, **head)
-    check_sequences(hidden, targets, cu_seqlens, token_weights)
-    if capturable:
-        check_capturable(hidden, targets, cu_seqlens, token_weights)
-    return _computing(backend, hidden, schedule, logits_budget, capturable).sequence_logps(
+    local = LocalHead.of(hidden, weight, head, vocab_group)
+    hidden, weight, head, *_ = local
+    how = _How(
+        backend=backend, schedule=schedule, logits_budget=logits_budget, capturable=capturable
+    )
+    with local.agreeing(targets, **how) as shards:
+        check_head(hidden, weight, targets, **head)
+        check_sequences(hidden, targets, cu_seqlens, token_weights)
+        if capturable:
+            check_capturable(hidden, targets, cu_seqlens, token_weights)
+        computing = _computing(hidden, shards, **how)
+    check_vocabulary(weight, targets, len(weight) if shards is None else shards.vocabulary)
+    return computing.sequence_logps(
         hidden, weight, targets, cu_seqlens=cu_seqlens, token_weights=token_weights, **head
     )
 
@@ -267,6 +318,7 @@ class _Options(TypedDict, total=False):
     temperature: float
     frozen_weight: Tensor | None
     frozen_scale: Tensor | None
+    vocab_group: ProcessGroup | None
     backend: str
     schedule: str
     logits_budget: int | None
@@ -304,6 +356,7 @@ def linear_logps(
     temperature: float = 1.0,
     frozen_weight: Tensor | None = None,  # (V, F)
     frozen_scale: Tensor | None = None,  # (V,)
+    vocab_group: ProcessGroup | None = None,
     backend: str = "auto",
     schedule: str = "auto",
     logits_budget: int | None = None,
@@ -334,10 +387,18 @@ def linear_logps(
         frozen_scale=frozen_scale,
     )
     stats = _names(stats)
-    check_head(hidden, weight, targets, **head, stats=stats, known_stats=TOKEN_STATS)
-    if capturable:
-        check_capturable(hidden, targets.flatten()[None], None, None)
-    found = _computing(backend, hidden, schedule, logits_budget, capturable).token_statistics(
+    local = LocalHead.of(hidden, weight, head, vocab_group)
+    hidden, weight, head, *_ = local
+    how = _How(
+        backend=backend, schedule=schedule, logits_budget=logits_budget, capturable=capturable
+    )
+    with local.agreeing(targets, **how, stats=stats) as shards:
+        check_head(hidden, weight, targets, **head, stats=stats, known_stats=TOKEN_STATS)
+        if capturable:
+            check_capturable(hidden, targets.flatten()[None], None, None)
+        computing = _computing(hidden, shards, **how)
+    check_vocabulary(weight, targets, len(weight) if shards is None else shards.vocabulary)
+    found = computing.token_statistics(
         hidden.flatten(0, -2), weight, targets.flatten(), stats=stats, **head
     )
     found = {name: value.view(targets.shape) for name, value in found.items()}
@@ -346,13 +407,15 @@ def linear_logps(
 
 
 def _computing(
-    backend: str,
     hidden: Tensor,
+    shards: Shards | None,
+    weight_grad: Tensor | None = None,
+    weight_grad_scale: float = 1.0,
+    *,
+    backend: str,
     schedule: str,
     logits_budget: int | None,
     capturable: bool,
-    weight_grad: Tensor | None = None,
-    weight_grad_scale: float = 1.0,
 ) -> Any:
     """What has the three functions: the definition where that is asked for, else the schedules."""
     check_schedule(schedule)
@@ -364,8 +427,16 @@ def _computing(
             raise ValueError("backend='reference' reads the batch on the host: not capturable")
         if weight_grad is not None:
             raise ValueError("backend='reference' leaves gradients to autograd: no weight_grad")
+        if shards is not None:
+            raise ValueError(
+                "backend='reference' takes all of the head on one rank: gather it, full_tensor() "
+                "of a DTensor, or use another backend"
+            )
         return reference
-    return Scheduled(chosen, schedule, logits_budget, capturable, weight_grad, weight_grad_scale)
+    if shards is not None:
+        chosen = VocabularyShards(chosen)
+    into = weight_grad, weight_grad_scale
+    return Scheduled(chosen, schedule, logits_budget, capturable, *into, shards)
 
 
 def _names(stats: Sequence[str]) -> tuple[str, ...]:

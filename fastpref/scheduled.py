@@ -21,6 +21,7 @@ from fastpref.backends import (
     accumulate_dtype,
     compute_dtype,
 )
+from fastpref.backends.vocabulary_shards import Shards
 from fastpref.domains import require
 from fastpref.memory import spare_bytes
 from fastpref.objectives import Objective, own_parameters, step_metrics
@@ -32,7 +33,7 @@ from fastpref.sequences import IGNORED, Rows, on_device
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A backend, and how the caller wants it done."""
+    """A backend, how the caller wants it done, and on which ranks the head lies, if on several."""
 
     backend: Backend
     schedule: str
@@ -40,6 +41,7 @@ class Scheduled:
     capturable: bool
     weight_grad: Tensor | None
     weight_grad_scale: float
+    shards: Shards | None = None
 
     def preference_loss(
         self,
@@ -61,7 +63,7 @@ class Scheduled:
         stats: tuple[str, ...],
         **scalars: Unpack[HeadOptions],
     ) -> PreferenceOutput:
-        head = _head(hidden, weight, scalars)
+        head = self._head(hidden, weight, scalars)
         head = replace(head, weight_grad=self.weight_grad, weight_grad_scale=self.weight_grad_scale)
         rows = self._rows(hidden, targets, cu_seqlens, token_weights, responses)
         flat = hidden.flatten(0, -2)
@@ -145,7 +147,7 @@ class Scheduled:
         **scalars: Unpack[HeadOptions],
     ) -> tuple[Tensor, Tensor]:
         rows = self._rows(hidden, targets, cu_seqlens, token_weights)
-        flat, head = hidden.flatten(0, -2), _head(hidden, weight, scalars)
+        flat, head = hidden.flatten(0, -2), self._head(hidden, weight, scalars)
         plan = self._plan(flat, head, len(rows.targets))
         per_row = self._of_rows(flat, head, rows, plan, ())[0]
         return rows.sums(per_row), rows.lengths
@@ -159,7 +161,7 @@ class Scheduled:
         stats: tuple[str, ...],
         **scalars: Unpack[HeadOptions],
     ) -> dict[str, Tensor]:
-        head = _head(hidden, weight, scalars)
+        head = self._head(hidden, weight, scalars)
         if self.capturable:
             rows = Rows.of_all(targets[None], None)
             plan = self._plan(hidden, head, len(targets))
@@ -190,16 +192,16 @@ class Scheduled:
             return Rows.of_all(targets, token_weights, responses)
         return Rows.of(targets, cu_seqlens, token_weights, hidden.device, responses)
 
+    def _head(self, hidden: Tensor, weight: Tensor, scalars: HeadOptions) -> Head:
+        frozen = scalars["frozen_weight"]
+        of_head = (weight,) if frozen is None else (weight, frozen)
+        dtype = compute_dtype(hidden, *of_head)
+        return Head(weight, **scalars, compute_dtype=dtype, shards=self.shards)
+
     def _plan(self, hidden: Tensor, head: Head, rows: int) -> Plan:
         """For log-probabilities of tokens."""
         problem = _problem(hidden, head, [rows], 1, self.backend)
         return make_plan(problem, schedule=self.schedule, budget=self.logits_budget)
-
-
-def _head(hidden: Tensor, weight: Tensor, scalars: HeadOptions) -> Head:
-    frozen = scalars["frozen_weight"]
-    of_head = (weight,) if frozen is None else (weight, frozen)
-    return Head(weight, **scalars, compute_dtype=compute_dtype(hidden, *of_head))
 
 
 def _problem(
@@ -211,7 +213,7 @@ def _problem(
     return Problem(
         counts=tuple(counts),
         hidden_size=flat.shape[1],
-        vocabulary=len(head.weight),
+        vocabulary=head.most_columns,
         dtype=flat.dtype,
         accumulate_dtype=accumulate_dtype(head.compute_dtype),
         device=flat.device.type,

@@ -42,8 +42,8 @@ def check_head(
             raise TypeError(f"{name} must be one of {_FLOATS}, got {_describe(given)}")
     if hidden.dim() < 2:
         raise ValueError(f"hidden must be (…, H), got {_describe(hidden)}")
-    if weight.dim() != 2 or not len(weight):
-        raise ValueError(f"weight must be (V, H) with V ≥ 1, got {_describe(weight)}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be (V, H), got {_describe(weight)}")
     if frozen_weight is not None or frozen_scale is not None:
         _check_frozen(hidden, weight, frozen_weight, frozen_scale)
     elif hidden.shape[-1] != weight.shape[1]:
@@ -68,7 +68,12 @@ def check_head(
     for name in stats:
         if name not in known_stats:
             raise ValueError(f"unknown entry {name!r} of stats; expected some of {known_stats}")
-    vocabulary = len(weight)
+
+
+def check_vocabulary(weight: Tensor, targets: Tensor, vocabulary: int) -> None:
+    """Targets against the number of tokens, of all ranks' parts together."""
+    if not vocabulary:
+        raise ValueError(f"weight must be (V, H) with V ≥ 1, got {_describe(weight)}")
     in_range = ((targets >= 0) & (targets < vocabulary)) | (targets == -100)
     require(in_range.all(), f"targets must be -100 or lie in [0, {vocabulary})", targets, in_range)
 

@@ -3,7 +3,8 @@
 A backend is a module with the functions of `Backend`. It knows rows, vocabulary and coefficients;
 of pairs it knows what `weigh_pairs` is told, and no loss by its name. Row `t` has the
 log-probability `ℓ_t` of its target, and every gradient is `Σ_t coef_t ∂ℓ_t` (plus an entropy term
-on request).
+on request). A negative target is none of the columns: nothing of its row is the target's then, and
+its log-probability says nothing.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastpref.backends.vocabulary_shards import Shards
 
 BACKENDS = ("auto", "torch", "triton", "reference")
 TOKEN_STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
@@ -41,7 +45,8 @@ class Head:
     `compute_dtype` is what the operands of matrix products are rounded to: autocast's dtype, or
     what torch promotes hidden's and weight's to. Accumulation and everything after it is in
     `accumulate_dtype`. `weight_grad` is where the weight's gradient is added, times
-    `weight_grad_scale` where that cannot wait for the upstream gradient.
+    `weight_grad_scale` where that cannot wait for the upstream gradient. V is this rank's part of
+    the vocabulary where there are `shards`.
     """
 
     weight: Tensor  # (V, H), or (V, H − F)
@@ -54,6 +59,7 @@ class Head:
     frozen_scale: Tensor | None = None  # (V,)
     weight_grad: Tensor | None = None  # as weight; None for a new tensor
     weight_grad_scale: float = 1.0
+    shards: Shards | None = None
 
     @property
     def accumulate_dtype(self) -> torch.dtype:
@@ -79,6 +85,11 @@ class Head:
     def hidden_size(self) -> int:
         """H."""
         return self.frozen_columns + self.weight.shape[1]
+
+    @property
+    def most_columns(self) -> int:
+        """V; of shards that of the largest, so that all ranks plan alike."""
+        return len(self.weight) if self.shards is None else max(self.shards.sizes)
 
     def rows(self, which: slice | Tensor) -> Tensor:
         """Some rows of W, in compute_dtype."""
@@ -123,13 +134,13 @@ def largest(x: Tensor) -> Tensor:
 class RowStats:
     """What is known of n rows once their logits have been seen, each `(n,)`.
 
-    `kept` is what a backend's `group_gradients` needs of its `group_forward`: one number a row, or
-    one for each `block` columns.
+    `kept` is what a backend's `group_gradients` needs of its `group_forward`: some numbers a row,
+    or one for each `block` columns.
     """
 
     logps: Tensor
     lse: Tensor
-    extra: dict[str, Tensor]  # the requested ones of TOKEN_STATS
+    extra: dict[str, Tensor]  # the requested ones of TOKEN_STATS, or "peak", the largest logit
     kept: Tensor | None = None
     block: int = 0
 
@@ -298,7 +309,7 @@ class Backend(Protocol):
         rows: RowStats,
         coef: Tensor,  # (n,) rows where it is 0 need no gradient
     ) -> tuple[Tensor, Tensor]:
-        """`gradient (n, V)` in buffer's memory and `factor (n,)`.
+        """`gradient (n, V)` in buffer's memory and `factor (n,)`; `rows` may be of all shards.
 
         ∂ℓ_t/∂(W h + b) is factor_t · gradient_t: no coefficient in either.
         """

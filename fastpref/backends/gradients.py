@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fastpref.backends import Elementwise, Grads, Head, Kept, RowStats, Total, largest
+from fastpref.backends import Elementwise, Grads, Head, Kept, Total, largest
 from fastpref.backends.products import (
     add_product,
     as_operand,
@@ -300,12 +300,13 @@ def rounded_in_place(wide: Tensor, dtype: torch.dtype) -> Tensor:
 def add_target_rows(
     grad: Tensor,  # (n, H) −Σ over the other columns of p ∂z/∂h, in and out
     operand: Tensor,  # (n, H)
-    rows: RowStats,
-    targets: Tensor,  # (n,)
+    logps: Tensor,  # (n,) log p
+    targets: Tensor,  # (n,) where it is none of the columns, nothing is added
     head: Head,
 ) -> None:
     """Completes ∂ℓ/∂h by the target's part, (1 − p) ∂z/∂h, of which nothing is rounded."""
-    share = -torch.expm1(rows.logps) * (head.logit_scale / head.temperature)
+    share = -torch.expm1(logps) * (head.logit_scale / head.temperature)
+    share = torch.where(targets >= 0, share, 0)
     slopes = target_slopes(operand, targets, head)
     if slopes is not None:
         share = share * slopes
@@ -325,12 +326,12 @@ def target_slopes(operand: Tensor, targets: Tensor, head: Head) -> Tensor | None
 
 
 def target_products(operand: Tensor, targets: Tensor, head: Head) -> Tensor:
-    """W h + b of each row's target `(n,)`."""
+    """W h + b of each row's target `(n,)`; of any column where it is none of the columns."""
     z = operand.new_empty(targets.shape, dtype=head.accumulate_dtype)
     for part, of_targets in _target_rows(targets, head, z.dtype):
         torch.linalg.vecdot(of_targets, operand[part].to(z.dtype), out=z[part])
     if head.bias is not None:
-        z += head.bias[targets].to(z.dtype)
+        z += head.bias[targets.clamp(min=0)].to(z.dtype)
     return z
 
 
@@ -338,4 +339,4 @@ def _target_rows(targets: Tensor, head: Head, dtype: torch.dtype) -> Iterator[tu
     """The head's rows of the targets, some at a time, rounded as operands are."""
     for start in range(0, len(targets), _TARGET_ROWS):
         part = slice(start, start + _TARGET_ROWS)
-        yield part, head.rows(targets[part]).to(dtype)
+        yield part, head.rows(targets[part].clamp(min=0)).to(dtype)

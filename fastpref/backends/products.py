@@ -59,7 +59,7 @@ def weight_slices(head: Head, columns: int | None = None) -> Iterator[tuple[int,
     """
     vocabulary, dtype = head.weight.shape[0], product_dtype(head)
     copies = head.weight.dtype != dtype or head.frozen_weight is not None
-    step = columns or (_CONVERTED_ROWS if copies else vocabulary)
+    step = columns or (_CONVERTED_ROWS if copies else max(1, vocabulary))
     for first in range(0, vocabulary, step):
         last = min(first + step, vocabulary)
         yield first, last, head.rows(slice(first, last)).to(dtype)

@@ -1,9 +1,9 @@
 """Tiles and groups of logits by torch's own matrix products, on any device.
 
 The elementwise work happens in place, on a few rows at a time so that they stay in the cache. A
-materialised group ends up as E − s·onehot with E = exp(z − max z) and s = Σ E, from which
-∂ℓ/∂z = −(E − s·onehot) / s: the division by s and every scalar of the head are one factor a row,
-applied to the small operands of the products instead of to the logits.
+materialised group is E = exp(z − max z), and ∂ℓ/∂z = −(E − s·onehot) / s with s = Σ E: the
+division by s and every scalar of the head are one factor a row, applied to the small operands of
+the products instead of to the logits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from fastpref.backends import Grads, Head, RowStats, concatenated, elementwise, gradients
-from fastpref.backends.gradients import SCALE, add_target_rows, sliced_gradients
+from fastpref.backends.gradients import (
+    SCALE,
+    add_target_rows,
+    sliced_gradients,
+    target_slopes,
+)
 from fastpref.backends.products import (
     add_product,
     as_operand,
@@ -33,6 +38,9 @@ add_weight_gradient = functools.partial(gradients.add_weight_gradient, elementwi
 _BLOCK_ELEMENTS = 2**19
 # Its exponential is 0 in float64 too, and its products with coefficients stay finite.
 _LOG_OF_ZERO = -1e4
+# Nats by which other shards' logits may rise above these, of which e^−40 is left: no number rounds
+# to it, and its products stay finite.
+_MOST_ABOVE = 40.0
 
 
 def forward(
@@ -87,15 +95,18 @@ def group_forward(
 
 
 def _block_forward(z: Tensor, targets: Tensor, head: Head, stats: tuple[str, ...]) -> RowStats:
-    """Statistics of a block; `z (n, V)` becomes (E − s·onehot), times 1 − tanh² under a softcap."""
+    """Statistics of a block; `z (n, V)` becomes E, times 1 − tanh² under a softcap."""
     slope = _softcap_(z, head)
     peak = z.amax(-1, keepdim=True)
-    target_z = z.gather(-1, targets[:, None])
+    target_z = z.gather(-1, targets.clamp(min=0)[:, None])
     extra = {}
+    if "peak" in stats:
+        extra["peak"] = peak.squeeze(-1)
     if "mean_logits" in stats:
         extra["mean_logits"] = z.mean(-1)
     if "is_top1" in stats:
         extra["is_top1"] = z.argmax(-1) == targets
+    peak = _anchor(peak)
     z.sub_(peak)
     shifted = _finite(z) if "entropy" in stats else None
     z.exp_()
@@ -105,13 +116,10 @@ def _block_forward(z: Tensor, targets: Tensor, head: Head, stats: tuple[str, ...
         extra["entropy"] = (log_total - _weighted_sum(z, shifted) / total).squeeze(-1)
     if "log_sum_sq_probs" in stats:
         extra["log_sum_sq_probs"] = (_weighted_sum(z, z).log() - 2 * log_total).squeeze(-1)
-    z.scatter_add_(-1, targets[:, None], -total)  # p − 1 is formed here, before any rounding
     if slope is not None:
         z.mul_(slope)
-    logps = target_z - peak - log_total
-    return RowStats(
-        logps.squeeze(-1), (peak + log_total).squeeze(-1), extra, -1 / total.squeeze(-1)
-    )
+    logps, lse = target_z - peak - log_total, peak + log_total
+    return RowStats(logps.squeeze(-1), lse.squeeze(-1), extra, torch.cat([total, lse], 1))
 
 
 def group_gradients(
@@ -123,16 +131,25 @@ def group_gradients(
     coef: Tensor,  # (n,)
 ) -> tuple[Tensor, Tensor]:
     assert rows.kept is not None  # `group_forward` gives it
+    total, lse = rows.kept.unbind(1)
+    total = torch.where(total == 0, 1, total)  # of columns that a bias masks whole
+    total = total * (rows.lse - lse).clamp(max=_MOST_ABOVE).exp()
+    # (p − 1)·s from the log-probability, so that nothing cancels, before any rounding.
+    at_target = torch.expm1(rows.logps) * total
+    slopes = target_slopes(as_operand(hidden, head), targets, head)
+    if slopes is not None:
+        at_target = at_target * slopes
+    _put_at_targets(buffer, targets, 0, at_target[:, None])
     dtype = gradient_dtype(head)
     if dtype == buffer.dtype:
-        return buffer, _slope(head) * rows.kept
+        return buffer, -_slope(head) / total
     # A narrower row overwrites the beginning of its own wider one, some of them at a time.
     gradient = buffer.view(dtype)[:, : buffer.shape[1]]
     step = max(1, _BLOCK_ELEMENTS // max(1, buffer.shape[1]))
     for start in range(0, len(buffer), step):
         part = slice(start, start + step)
-        gradient[part] = (buffer[part] * (SCALE * rows.kept[part, None])).to(dtype)
-    return gradient, torch.full_like(rows.kept, _slope(head) / SCALE)
+        gradient[part] = (buffer[part] * (-SCALE / total[part, None])).to(dtype)
+    return gradient, torch.full_like(total, _slope(head) / SCALE)
 
 
 def forward_with_gradients(
@@ -150,13 +167,13 @@ def forward_with_gradients(
         _project(operand, weight, head, first, last, out=z)
         slope = _softcap_(z, head)
         grad.mul_(fold.add(z, first))  # z is E = exp(z − max z) now
-        _clear_targets(z, targets, first)
+        _put_at_targets(z, targets, first, z.new_zeros(len(z), 1))
         if slope is not None:
             z.mul_(slope)
         add_product(grad, z.to(dtype), weight)
     grad.mul_(-_slope(head) / fold.total)
     rows = fold.finish(len(head.weight))
-    add_target_rows(grad, operand, rows, targets, head)
+    add_target_rows(grad, operand, rows.logps, targets, head)
     return rows, grad
 
 
@@ -209,7 +226,7 @@ class _Fold:
         def of_rows(value: float) -> Tensor:
             return torch.full(targets.shape, value, dtype=dtype, device=targets.device)[:, None]
 
-        self.targets = targets[:, None]
+        self.targets, self.stats = targets[:, None], stats
         self.peak, self.total, self.target_z = of_rows(-torch.inf), of_rows(0), of_rows(0)
         self.sum_z = of_rows(0) if "mean_logits" in stats else None
         self.sum_ez = of_rows(0) if "entropy" in stats else None
@@ -232,8 +249,7 @@ class _Fold:
             highest, where = z.max(-1, keepdim=True)
             self.best = torch.where(highest > self.peak, where + first, self.best)
         peak = torch.maximum(self.peak, highest)
-        # Of a slice that a bias masks whole, −inf − −inf would be NaN.
-        anchor = torch.where(peak == -torch.inf, 0, peak)
+        anchor = _anchor(peak)
         shrink = torch.exp(self.peak - anchor)
         shifted = z.sub_(anchor)
         finite = _finite(shifted) if self.sum_ez is not None else None
@@ -255,6 +271,8 @@ class _Fold:
             extra["mean_logits"] = self.sum_z / vocabulary
         if self.best is not None:
             extra["is_top1"] = self.best == self.targets
+        if "peak" in self.stats:
+            extra["peak"] = self.peak
         if self.sum_ez is not None:
             extra["entropy"] = log_total - self.sum_ez / self.total
         if self.sum_ee is not None:
@@ -302,10 +320,15 @@ def _add_at_targets(z: Tensor, targets: Tensor, first: int, value: Tensor) -> No
     z.scatter_add_(-1, local, torch.where(here, value, 0))
 
 
-def _clear_targets(z: Tensor, targets: Tensor, first: int) -> None:
-    """Zeroes each row's target in `z (n, columns)`, if it lies in this slice."""
+def _put_at_targets(z: Tensor, targets: Tensor, first: int, value: Tensor) -> None:
+    """Puts `value (n, 1)` in `z (n, columns)` at each row's target, if it lies in this slice."""
     local, here = _located(targets[:, None], first, z)
-    z.scatter_(-1, local, torch.where(here, 0, z.gather(-1, local)))
+    z.scatter_(-1, local, torch.where(here, value, z.gather(-1, local)))
+
+
+def _anchor(peak: Tensor) -> Tensor:
+    """What exponentials are relative to; of columns that a bias masks, −inf − −inf would be NaN."""
+    return torch.where(peak == -torch.inf, 0, peak)
 
 
 def _finite(z: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ elementwise = kernels
 # Nats. A row whose log-sum-exp is further above its target's logit has log-probabilities, but NaN
 # in place of a gradient: its exponentials, relative to the target's, leave float32.
 _MOST_ABOVE = 145.0
+# And of a shard that the target is not in: what is left of its exponentials is then as good as 0.
+_MOST_BELOW = 60.0
 
 
 def forward(
@@ -181,11 +183,11 @@ def forward_with_gradients(
         for part in _parts(weight, dtype):
             add_product(grad, exponentials, part)
     rows = RowStats(*kernels.merge_statistics(partials, targets))
-    above = rows.lse - anchors
+    above = (rows.lse - anchors).clamp(min=-_MOST_BELOW)
     half = torch.exp(-0.5 * above)  # of the whole, which may vanish
     share = half / kernels.ANCHORED_SCALE * half * (-head.logit_scale / head.temperature)
     grad.mul_(share.masked_fill(above > _MOST_ABOVE, torch.nan)[:, None])
-    add_target_rows(grad, operand, rows, targets, head)
+    add_target_rows(grad, operand, rows.logps, targets, head)
     return rows, grad
 
 
@@ -202,7 +204,8 @@ def _target_logits(operand: Tensor, targets: Tensor, head: Head) -> Tensor:
     z = target_products(operand, targets, head) * head.logit_scale
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)
-    return z / head.temperature
+    z = z / head.temperature
+    return z if head.shards is None else head.shards.sum_(torch.where(targets >= 0, z, 0))
 
 
 def recompute_backward(

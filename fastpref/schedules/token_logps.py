@@ -57,6 +57,7 @@ class TokenLogps(torch.autograd.Function):
             "temperature": head.temperature,
             "compute_dtype": head.compute_dtype,
             "weight_grad": head.weight_grad,
+            "shards": head.shards,
         }
         ctx.plan, ctx.backend, ctx.stats = plan, backend, stats
         ctx.mark_non_differentiable(*(found.extra[name] for name in stats if name != "entropy"))

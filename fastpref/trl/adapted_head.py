@@ -49,8 +49,8 @@ def projection(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, HeadTensors]:
     tokens = _tokens_of(head)
     layer: Any = head if tokens is None else tokens
     if not isinstance(layer, BaseTunerLayer):
-        weight = whole(head.weight)
-        return hidden.to(weight.device), weight, {"bias": whole(getattr(head, "bias", None))}
+        weight, bias = (_unless_in_parts(x) for x in (head.weight, getattr(head, "bias", None)))
+        return hidden.to(weight.device), weight, {"bias": bias}
     if layer.disable_adapters and layer.merged:
         layer.unmerge()
     base: Any = layer.get_base_layer()
@@ -142,6 +142,12 @@ def _check_variant(layer: Any, name: str) -> None:
 def whole(parameter: Any) -> Any:
     """FSDP2 shards parameters as DTensors; the projection needs all of the head."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _unless_in_parts(parameter: Any) -> Any:
+    """Of a tensor-parallel head each rank projects its own part of the vocabulary."""
+    meshes = isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names
+    return parameter if meshes == ("tp",) else whole(parameter)
 
 
 def _tokens_of(head: Any) -> TrainableTokensLayer | None:

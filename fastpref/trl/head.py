@@ -21,7 +21,7 @@ from transformers.modeling_outputs import ModelOutput
 from fastpref.backends import Head
 from fastpref.loss import linear_logps
 from fastpref.sequences import IGNORED, copied_to_host, on_device, shift_targets
-from fastpref.trl.adapted_head import check_head, projection
+from fastpref.trl.adapted_head import check_head, projection, whole
 from fastpref.trl.stock import stock
 
 if TYPE_CHECKING:
@@ -258,6 +258,7 @@ def _two_tokens(model: PreTrainedModel) -> tuple[Tensor, Tensor, Head]:
         logits = model(input_ids=ids, use_cache=False).logits
         hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
         hidden, weight, tensors = projection(head, hidden)
+        weight, tensors["bias"] = whole(weight), whole(tensors["bias"])
         wide = torch.promote_types(hidden.dtype, torch.float32)
         projected = Head(
             weight, logit_scale=1, softcap=None, temperature=1, compute_dtype=wide, **tensors

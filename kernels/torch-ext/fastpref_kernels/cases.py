@@ -457,7 +457,8 @@ def _sums(rich: bool) -> dict[str, Any]:
 
 
 def _statistics(rich: bool) -> dict[str, None]:
-    return _absent("entropy_ptr", "mean_logits_ptr", "is_top1_ptr", "log_sum_sq_ptr", unless=rich)
+    names = "entropy_ptr", "mean_logits_ptr", "is_top1_ptr", "log_sum_sq_ptr", "peak_ptr"
+    return _absent(*names, unless=rich)
 
 
 def _absent(*pointers: str, unless: bool) -> dict[str, None]:

@@ -81,6 +81,7 @@ def new_partials(
         "mean_logits_ptr",
         "is_top1_ptr",
         "log_sum_sq_ptr",
+        "peak_ptr",
     ],
 )
 def merge_kernel(
@@ -88,12 +89,13 @@ def merge_kernel(
     best_ptr,  # (tiles, rows)
     targets_ptr,  # (rows,)
     target_z_ptr,  # (rows,)
-    logps_ptr,  # (rows,) out, as the five below, of which the last four may be None
+    logps_ptr,  # (rows,) out, as the six below, of which the last five may be None
     lse_ptr,
     entropy_ptr,
     mean_logits_ptr,
     is_top1_ptr,
     log_sum_sq_ptr,
+    peak_ptr,
     rows,
     tiles,
     partial_stride,
@@ -130,7 +132,10 @@ def merge_kernel(
             entropy_ptr is not None, log_sum_sq_ptr is not None,
         )  # fmt: skip
     store_statistics(
-        (logps_ptr, lse_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_ptr),
+        (
+            logps_ptr, lse_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_ptr,
+            peak_ptr,
+        ),
         row, is_row, (peak, total, sum_ez, sum_ee), sum_z / vocabulary, best == target, target_z,
     )  # fmt: skip
 
@@ -178,7 +183,15 @@ def merge_into(
 
 
 # In the merge's order; the first two are always there.
-STATISTICS = ("logps", "lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+STATISTICS = (
+    "logps",
+    "lse",
+    "entropy",
+    "mean_logits",
+    "is_top1",
+    "log_sum_sq_probs",
+    "peak",  # the largest logit
+)
 
 
 def new_statistics(stats: str, like: Tensor, rows: int, dtype: torch.dtype) -> dict[str, Tensor]:

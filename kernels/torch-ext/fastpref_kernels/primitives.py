@@ -215,19 +215,23 @@ def store_statistics(
     target_z,
 ):
     """From running values to what is asked for, each `(n,)`."""
-    logps_ptr, lse_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_ptr = statistics_ptrs
+    logps_ptr, lse_ptr, entropy_ptr, mean_ptr, is_top1_ptr, log_sum_sq_ptr, peak_ptr = (
+        statistics_ptrs
+    )
     peak, total, sum_ez, sum_ee = sums
     log_total = tl.log(total)
     tl.store(logps_ptr + row, target_z - peak - log_total, is_row)
     tl.store(lse_ptr + row, peak + log_total, is_row)
     if entropy_ptr is not None:
         tl.store(entropy_ptr + row, log_total - sum_ez / total, is_row)
-    if mean_logits_ptr is not None:
-        tl.store(mean_logits_ptr + row, mean, is_row)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, mean, is_row)
     if is_top1_ptr is not None:
         tl.store(is_top1_ptr + row, is_top1.to(tl.int8), is_row)
     if log_sum_sq_ptr is not None:
         tl.store(log_sum_sq_ptr + row, tl.log(sum_ee) - 2.0 * log_total, is_row)
+    if peak_ptr is not None:
+        tl.store(peak_ptr + row, peak, is_row)
 
 
 @triton.jit
