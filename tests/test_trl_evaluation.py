@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from trl_runs import OURS, make_trainer
 
 # Pair-wise, token-wise, of the objective, and the loss, which Trainer itself averages.
@@ -87,10 +88,14 @@ def test_an_evaluation_starts_anew(tiny_llama, pairs, tmp_path):
     assert_same_metrics(trainer.evaluate(trainer.eval_dataset["b"]), alone)
 
 
-def test_two_processes_count_every_pair_once(two_ranks, tiny_llama, pairs, tmp_path):
-    """Of 5 pairs, 2 a batch, both processes repeat some at the end; of 7 one does, of 8 none."""
-    sets = pairs[:5], pairs[:7], pairs
-    wholes = [evaluated(tiny_llama, each, tmp_path, batch_size=len(each)) for each in sets]
-    for found in two_ranks.run(evaluate_as, tiny_llama, sets, tmp_path):
+def test_processes_count_every_pair_once(ranks, tiny_llama, pairs, tmp_path):
+    """Of 5 pairs, 2 a batch, both processes repeat some at the end; of 7 one does, of 8 none.
+
+    Of four processes one has no pair of 5 for itself. Streams of 8 divide, too.
+    """
+    stream = Dataset.from_list(pairs).to_iterable_dataset()
+    sets = (pairs[:5], pairs[:7], pairs, stream) if ranks.world == 2 else (pairs[:5], stream)
+    wholes = [evaluated(tiny_llama, each, tmp_path, batch_size=8) for each in sets]
+    for found in ranks.run(evaluate_as, tiny_llama, sets, tmp_path, seconds=180):
         for ours, whole in zip(found, wholes, strict=True):
             assert_same_metrics(ours, whole)

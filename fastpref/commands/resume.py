@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 
 from fastpref.commands.data import Pair
 from fastpref.commands.processes import processes
+from fastpref.trl.faults import resumable
 
 if TYPE_CHECKING:
     from fastpref.commands.train import TrainSettings
@@ -63,12 +63,13 @@ def describe_run(
 
 
 def find_checkpoint(output: Path, run: dict[str, Any], eval_pairs: list[Pair]) -> Checkpoint | None:
-    """The last checkpoint in `output`, None where there is none.
+    """The last checkpoint in `output` that was written to its end, None where there is none.
 
     Raises:
-        ValueError: it was made by another run; the message names every difference.
+        ValueError: it was made by another run; the message names every difference. Or none of
+            those that are there was written to its end.
     """
-    found = get_last_checkpoint(str(output)) if output.is_dir() else None
+    found = resumable(True, str(output))
     if found is None:
         return None
     path = Path(found)

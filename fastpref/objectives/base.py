@@ -232,12 +232,14 @@ class Objective:
     where the objective has parameters that train: attributes, or it is an `nn.Module` itself.
     `needs_reference` and `needs_scores` make missing inputs an error that names them, and so do the
     names in `extras`. `takes_betas` says that it looks at `pairs.betas`; `needs_alignments` that it
-    looks at the alignments. `rewards` times `reward_scale` (β where there is one) are what a step
-    logs.
+    looks at the alignments; `uses_mean_length` that it looks at `pairs.mean_chosen_length`, which a
+    trainer then takes over all processes and accumulated batches. `rewards` times `reward_scale` (β
+    where there is one) are what a step logs.
     """
 
     couples_pairs = False
     takes_betas = False
+    uses_mean_length = False
     extras: tuple[str, ...] = ()
     needs_alignments = False
 
@@ -323,6 +325,10 @@ class Composite(Objective):
     @property
     def needs_alignments(self) -> bool:  # type: ignore[override]
         return any(part.needs_alignments for part in self.parts)
+
+    @property
+    def uses_mean_length(self) -> bool:  # type: ignore[override]
+        return any(part.uses_mean_length for part in self.parts)
 
     @property
     def needs_reference(self) -> bool:

@@ -142,6 +142,8 @@ class SFT(Objective):
     Its mean over pairs is `−Σ ℓ_w / Σ n_w`: a pair's loss is −ℓ_w over the mean chosen length.
     """
 
+    uses_mean_length = True
+
     @property
     def needs_reference(self) -> bool:
         return False

@@ -34,6 +34,7 @@ from fastpref.objectives import (
     make_objective,
 )
 from fastpref.planner import SCHEDULES
+from fastpref.trl.faults import ON_NONFINITE
 
 
 def _sft(divergence: Divergence | None, use_weighting: bool) -> SFT:
@@ -100,6 +101,9 @@ class PreferenceConfig(DPOConfig):
         share_prompt: True to have, in one such row, one copy of each prompt, which chosen and
             rejected both continue; "auto" where that saves 3 % of a pair's tokens or more, and the
             model can without looking at all pairs of tokens. Packs, whatever `padding_free` says.
+        on_nonfinite: what a loss or gradient that is NaN or infinite does on any rank: "raise", the
+            default, ends the run on every rank before the step is taken; "skip" leaves the step
+            out on all alike, says why, and logs how many as `skipped_steps`. Not under DeepSpeed.
 
     `ld_alpha` becomes token weights, of any objective.
 
@@ -133,8 +137,17 @@ class PreferenceConfig(DPOConfig):
         metadata={"help": "Chosen and rejected attend to one copy of the prompt; true or auto."},
     )
 
+    on_nonfinite: str = field(
+        default="raise",
+        metadata={"help": f"Of a loss that is not finite, one of {ON_NONFINITE}."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.on_nonfinite not in ON_NONFINITE:
+            raise ValueError(
+                f"unknown on_nonfinite {self.on_nonfinite!r}; expected one of {ON_NONFINITE}"
+            )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}; expected one of {SCHEDULES}")
         if self.backend not in BACKENDS:

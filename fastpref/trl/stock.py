@@ -29,6 +29,7 @@ _OVERRIDDEN = (
     (f"{_TRAINER}._precompute_ref_logps", "self dataset name batch_size"),
     (f"{_TRAINER}._prepare_dataset", "self dataset processing_class args dataset_name"),
     (f"{_TRAINER}._set_signature_columns_if_needed", "self"),
+    (f"{_TRAINER}.compute_loss", "self model inputs return_outputs num_items_in_batch"),
     (f"{_TRAINER}.compute_ref_log_probs", "self model inputs"),
 )
 

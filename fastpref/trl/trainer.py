@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from datasets import Dataset
 from torch import Tensor
+from transformers.trainer_utils import has_length
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import create_model_from_path
@@ -27,8 +30,19 @@ from fastpref.trl.config import (
     sft_weight,
     trl_objective,
 )
+from fastpref.trl.faults import (
+    Together,
+    check_before_save,
+    check_pairs_per_step,
+    finite_weights,
+    keep_pairs_per_step,
+    nonfinite_rows,
+    resumable,
+    say_nonfinite,
+)
 from fastpref.trl.head import add_loss_head
 from fastpref.trl.packing import Packing, prepare_packing, scored_places, sees_all_pairs
+from fastpref.trl.step import EvenBatches, OfStep, gathered, gathered_texts, processes
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +110,32 @@ class PreferenceTrainer(DPOTrainer):
     collators, metrics and predictions stay those of the padded batch. Which models can is tried on
     a few tokens (see `prepare_packing`).
 
+    A step's loss is one mean over all its pairs, of every process and accumulated batch, however
+    uneven: its gradient is that of one process with the whole batch. Losses of tokens (sft) are one
+    mean over all its tokens; where pairs are coupled (AOT, BetaDPO, a router's loss) each batch
+    keeps its own, and counts as often as it has pairs. TRL takes the mean of the batches' means,
+    which is the same where they are equally large.
+
+    Of each step the processes agree on what it takes, and on what stops it:
+
+    - A loss that is NaN or infinite ends the run before its gradients are made, or has the step
+      skipped (`on_nonfinite`), on every process; so does such a gradient, before the step. In fp16
+      gradients are left to the scaler. A model of NaN is never saved.
+    - Where one has no batch because of an error, all end with it. Where a stream ends on one, the
+      epoch ends on all, what makes no whole step left out. Other numbers of steps are refused
+      before the first.
+    - With `enable_jit_checkpoint` a SIGTERM to any of them has all save after that step and stop.
+    - `train(resume_from_checkpoint=True)` takes the last checkpoint that was written to its end,
+      and refuses one whose steps had other numbers of pairs, unless data are not skipped.
+
+    Who dies, or fails in its forward, is noticed by those who wait for it: a launcher (torchrun,
+    `accelerate launch`) ends them within seconds, without one `ddp_timeout` does.
+
     Logs every metric of TRL and those of the objective: in training means of the steps since the
     last log, as TRL; in evaluation, loss included, means over all pairs or tokens of the data set,
     each counted once, however uneven the batches and the processes' shares. (Of a stream on several
-    processes nobody knows the length, and what accelerate repeats to fill its last batch counts.)
+    processes nobody knows the length, and what accelerate repeats to fill its last batch counts;
+    one whose shards give them different numbers of batches is refused where the first has ended.)
 
     Args:
         objective: an `Objective` of your own, in place of the one the configuration chooses, which
@@ -111,7 +147,10 @@ class PreferenceTrainer(DPOTrainer):
             the objective does not take; `objective` and `args` contradict each other; the
             objective has no reference, and `ref_model` or `sync_ref_model` is given; the model's
             own logits are not made by its head (see `add_loss_head`); packing was asked for, and
-            the model, the adapter, images or context parallelism do not allow it.
+            the model, the adapter, images or context parallelism do not allow it; DeepSpeed is to
+            skip steps.
+        FloatingPointError: in training, of numbers that are not finite.
+        RuntimeError: in training, of another process's batches.
     """
 
     args: DPOConfig
@@ -120,6 +159,9 @@ class PreferenceTrainer(DPOTrainer):
     ref_model: Any
     _signature_columns: Any
     _evaluated: list[float]
+    _mean_chosen_length: float | None = None  # over the pairs of this step
+    skips_step = False  # this one, on all processes
+    _skipped_steps = 0
 
     def __init__(
         self,
@@ -162,6 +204,12 @@ class PreferenceTrainer(DPOTrainer):
             _replaced(dpo_trainer, "BaseTunerLayer", ()),  # an adapter on the head: ours to judge
         ):
             super().__init__(model, ref_model, args, *positional, **kwargs)
+        self._raises = getattr(args, "on_nonfinite", "raise") == "raise"
+        if not self._raises and self.is_deepspeed_enabled:
+            raise ValueError(
+                "on_nonfinite='skip' is given, and DeepSpeed takes its steps by itself"
+            )
+        self.add_callback(Together(self))
         self.precompute_ref_logps &= self._uses_reference
         self.beta = self.objective.reward_scale
         self._schedule = getattr(args, "schedule", "auto")  # which a plain DPOConfig has not
@@ -300,6 +348,81 @@ class PreferenceTrainer(DPOTrainer):
         reference = self.model if self.ref_model is None else self.ref_model
         return torch.cat(self.compute_ref_log_probs(reference, inputs))
 
+    # --- a step, of all processes and accumulated batches ---------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], int | None]:
+        """A step's batches, and how many pairs they are with those of the other processes.
+
+        Every process has as many batches, or none: a stream's last batches that make no whole step
+        of all are left out, and an error on one process is one on all.
+        """
+        failure: Exception | None = None
+        batches: list[Any] = []
+        try:
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        except Exception as reason:
+            if isinstance(self.callback_handler.train_dataloader, DataLoaderDispatcher):
+                raise  # the others wait for the batch itself: whoever started them ends them
+            failure = reason
+        masks = [batch["completion_mask"] for batch in batches]
+        tokens = 0
+        if self.objective.uses_mean_length and len(masks) * processes() > 1:
+            tokens = int(sum(mask[: len(mask) // 2, 1:].sum() for mask in masks))
+        mine = [num_batches, len(masks), sum(len(mask) // 2 for mask in masks), tokens]
+        ranks = gathered([failure is not None, *mine], device)
+        failed, wanted, found, pairs, lengths = zip(*ranks, strict=True)
+        step = self.state.global_step + 1
+        if any(failed):
+            reason = "" if failure is None else f"{type(failure).__name__}: {failure}"
+            texts = gathered_texts(reason)
+            if failure is not None:
+                raise failure
+            who = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
+            raise RuntimeError(f"no batch for step {step}: {who}")
+        if len(set(wanted)) > 1:
+            raise RuntimeError(
+                f"ranks accumulate {list(wanted)} batches in step {step}: give every rank a data "
+                "set of the same length"
+            )
+        if min(found) < num_batches:
+            if any(found):
+                logger.warning(
+                    "the epoch ends before step %d, for which ranks have %s of %d batches",
+                    step,
+                    list(found),
+                    num_batches,
+                )
+            self.control.should_epoch_stop = True
+            return [], None
+        self._mean_chosen_length = sum(lengths) / sum(pairs) if any(lengths) else None
+        self.skips_step = False
+        return batches, sum(pairs)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: int | None = None,
+    ) -> Any:
+        """The loss; in training times the batch's share of the step's pairs, 1 if all are equal.
+
+        Trainer divides it by the accumulated batches, and gradients are averaged over processes.
+        """
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if num_items_in_batch is None:
+            return found
+        batches = self.current_gradient_accumulation_steps * processes()
+        share = len(inputs["completion_mask"]) // 2 * batches / num_items_in_batch
+        return (found[0] * share, found[1]) if return_outputs else found * share
+
+    def _objective_of_step(self) -> Objective:
+        if self._mean_chosen_length is None or not self.model.training:
+            return self.objective
+        return OfStep(self.objective, (self._mean_chosen_length,) * 2)
+
     def _compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False
     ) -> Tensor | tuple[Tensor, Any]:
@@ -322,6 +445,7 @@ class PreferenceTrainer(DPOTrainer):
         targets_on_host = copied_to_host(shift_targets(input_ids, completion_mask))
         ref_logps = of_seen(self._ref_logps(inputs))
         columns = _each(of_seen, inputs.get(_COLUMNS, {}))
+        objective = self._objective_of_step()
         token_weights = _length_weights(completion_mask, self.ld_alpha)
         untouched = 0.0 if token_weights is None else sft_weight(self.args)
         packing = inputs.get(_PACKING)
@@ -342,7 +466,7 @@ class PreferenceTrainer(DPOTrainer):
                 hidden,
                 weight,
                 targets,
-                self.objective,
+                objective,
                 ref_logps=on_head(ref_logps),
                 cu_seqlens=cu_seqlens,
                 token_weights=weights,
@@ -358,7 +482,9 @@ class PreferenceTrainer(DPOTrainer):
             rest = 1 - weights[chosen]
             wanted = targets[chosen].masked_fill((rest == 0).to(targets.device), IGNORED)
             logps = linear_logps(hidden[chosen], weight, wanted, **head, **self._computing)
-            nll = -(rest * logps).sum() / out.lengths[:seen].sum().clamp(min=1)
+            tokens: Any = self._mean_chosen_length if isinstance(objective, OfStep) else None
+            tokens = out.lengths[:seen].sum().clamp(min=1) if tokens is None else tokens * seen
+            nll = -(rest * logps).sum() / tokens
             return dataclasses.replace(out, loss=out.loss + untouched * nll)
 
         model_inputs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_MODEL}
@@ -369,16 +495,95 @@ class PreferenceTrainer(DPOTrainer):
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
             metrics["aux_loss"] = outputs.aux_loss.detach()
-        self._record(metrics, outputs.lengths, inputs["attention_mask"])
+        broken = (~outputs.losses.detach().isfinite()).sum() + ~loss.detach().isfinite()
+        if self._record(metrics, outputs.lengths, inputs["attention_mask"], broken):
+            self._refuse(outputs, ref_logps, inputs)
         if return_outputs:
             model_inputs.pop(_PACKING, None)  # predictions are the padded batch's
             with torch.no_grad():
                 outputs = model(**model_inputs, use_cache=False)
         return (loss, outputs) if return_outputs else loss
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def _refuse(self, outputs: Any, ref_logps: Tensor | None, inputs: dict[str, Any]) -> None:
+        """Ends the run where a loss is not finite, or has this step skipped; on all processes."""
+
+        def tokens_of(pair: int) -> list[int]:
+            row, mask = inputs["input_ids"][pair], inputs["attention_mask"][pair]
+            return row[mask.bool()].tolist()
+
+        decode = getattr(self.processing_class, "decode", str)
+        mine = nonfinite_rows(outputs.losses, outputs.logps, ref_logps, tokens_of, decode)
+        step, device = self.state.global_step + 1, self.args.device
+        text, weights_are_finite = say_nonfinite(step, mine, self.model, device)
+        if self._raises or not weights_are_finite:
+            raise FloatingPointError(text)
+        self._skip(text)
+
+    def _skip(self, why: str) -> None:
+        logger.warning("%s\nthe step is skipped", why)
+        self._skipped_steps += not self.skips_step
+        self.skips_step = True
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm that Trainer logs, looked at before the step is taken.
+
+        In fp16 one that is not finite is as it should be: a scaler looks for the largest scale.
+        """
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if hasattr(grad_norm, "full_tensor"):
+            grad_norm = grad_norm.full_tensor()
+        if self.accelerator.mixed_precision != "fp16" and not self.skips_step:
+            size = float(grad_norm)
+            if not math.isfinite(size):
+                step = self.state.global_step + 1
+                text = f"the gradient of step {step} has the norm {size}, though its loss is finite"
+                if self._raises or not finite_weights(self.model):
+                    raise FloatingPointError(text)
+                self._skip(text)
+        return grad_norm
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if resume_from_checkpoint:
+            found = resumable(resume_from_checkpoint, self.args.output_dir)
+            if found is not None and not self.args.ignore_data_skip:
+                check_pairs_per_step(found, self.get_total_train_batch_size(self.args))
+            resume_from_checkpoint = found or resume_from_checkpoint
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        place = f"the checkpoint of step {self.state.global_step}"
+        check_before_save(self.model, place, self.args.device)
+        keep_pairs_per_step(self.state, self.get_total_train_batch_size(self.args))
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the state comes last: a checkpoint with it is whole
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not finite_weights(self.model):  # one process may well save alone: nobody is asked
+            place = output_dir or self.args.output_dir
+            raise FloatingPointError(
+                f"weights of the model are not finite, so it is not saved to {place}"
+            )
+        super().save_model(output_dir, _internal_call)
+
+    # --- metrics --------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._skipped_steps and "loss" in logs:
+            logs["skipped_steps"] = self._skipped_steps
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         self._metrics["eval"].clear()  # predictions leave theirs behind, as nothing logs them
-        found = super().evaluation_loop(*args, **kwargs)
+        if processes() > 1 and not has_length(dataloader):
+            dataloader = EvenBatches(dataloader, self.args.device)
+        found = super().evaluation_loop(dataloader, *args, **kwargs)
         if not (self.is_in_train or self.is_fsdp_enabled or self.is_deepspeed_enabled):
             # It has prepared the model without DDP, and training would take it for prepared: each
             # process would follow gradients of its own.
@@ -397,11 +602,19 @@ class PreferenceTrainer(DPOTrainer):
         earlier = self.accelerator.process_index // self._tp_size * pairs
         return min(max(state.remainder - earlier, 0), pairs)
 
-    def _record(self, metrics: dict[str, Tensor], lengths: Tensor, attention_mask: Tensor) -> None:
+    def _record(
+        self, metrics: dict[str, Tensor], lengths: Tensor, attention_mask: Tensor, broken: Tensor
+    ) -> bool:
         """Keeps the metrics, means over the pairs or tokens of all processes.
 
         Those of a training step as TRL does, to be averaged over steps; those of an evaluation
         over all of it.
+
+        Args:
+            broken: how many losses are not finite.
+
+        Returns:
+            In training, whether there are such on any process: then no metrics are kept.
         """
         mode = "train" if self.model.training else "eval"
         chosen, rejected = lengths.view(2, -1)
@@ -415,9 +628,12 @@ class PreferenceTrainer(DPOTrainer):
         values = torch.stack([value.float() for value in metrics.values()])
         counts = torch.stack([per_token.get(name, pairs) for name in metrics]).to(values)
         tokens = attention_mask.sum().to(values)
-        mine = torch.cat([values * counts, counts, tokens[None]])
+        mine = torch.cat([values * counts, counts, torch.stack([tokens, broken.to(values)])])
         total = self.accelerator.gather(mine[None]).sum(0).tolist()  # a step's one wait, as in TRL
         recorded = self._metrics[mode]
+        *total, broken_losses = total
+        if mode == "train" and broken_losses:
+            return True
         if mode == "eval":
             if recorded:
                 total = [a + b for a, b in zip(self._evaluated, total, strict=True)]
@@ -431,6 +647,7 @@ class PreferenceTrainer(DPOTrainer):
         if mode == "train":
             self._total_train_tokens += int(tokens) // self._tp_size
         recorded["num_tokens"] = [self._total_train_tokens]
+        return False
 
 
 def _objective(args: DPOConfig) -> Objective:
