@@ -144,18 +144,19 @@ def check_head(head: Any) -> None:
         )
     if not isinstance(layer, BaseTunerLayer):
         return
-    kind = f"{type(layer).__module__.split('.')[2]} {type(layer).__name__}"
-    if type(layer) not in (LoraLinear, TrainableTokensLayer):
+    kind = next(each for each in type(layer).__mro__ if each.__module__.startswith("peft."))
+    if kind not in (LoraLinear, TrainableTokensLayer):  # of which FSDP2 makes subclasses
         raise ValueError(
-            f"an adapter on the LM head is LoRA, rsLoRA, DoRA or trainable_token_indices; {kind} "
-            "is none of them: take the head out of its target_modules"
+            "an adapter on the LM head is LoRA, rsLoRA, DoRA or trainable_token_indices; "
+            f"{kind.__module__.split('.')[2]} {kind.__name__} is none of them: take the head out "
+            "of its target_modules"
         )
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "the LM head has an adapter and its own weight trains too, which would get no "
             "gradient: freeze it, or take the head out of target_modules"
         )
-    if type(layer) is LoraLinear:
+    if kind is LoraLinear:
         _check_lora(layer)
 
 
@@ -184,7 +185,7 @@ def _check_variant(layer: Any, name: str) -> None:
 
 
 def whole(parameter: Any) -> Any:
-    """FSDP2 shards parameters as DTensors; the projection needs all of the head."""
+    """All of a DTensor: within the head's own forward that is a tensor-parallel shard alone."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 

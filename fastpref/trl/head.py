@@ -42,7 +42,7 @@ class LossHeadOutput(ModelOutput):
 
 
 class _Sealed:
-    """Holds an output as it was: engines cast tensors, in containers too, but know no such class."""
+    """Holds an output as it was: engines cast tensors, in containers too, and pass this by."""
 
     def __init__(self, output: LossHeadOutput) -> None:
         self.output = output

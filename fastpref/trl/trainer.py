@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import create_model_from_path
@@ -320,6 +321,13 @@ class PreferenceTrainer(DPOTrainer):
         ours = {name: inputs[name] for name in _NOT_FOR_MODEL if name in inputs}
         rest = {name: value for name, value in inputs.items() if name not in ours}
         return super()._prepare_inputs(rest) | _each(_mover(self.args.device), ours)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """FSDP1 reads of sharded checkpoints what the optimizer has: a new one has nothing yet."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if checkpoint is not None and plugin is not None and plugin.fsdp_version == 1:
+            get_optimizer_state_dict(self.model, self.optimizer)  # steps once, at a rate of 0
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     @property
     def _total_train_tokens(self) -> int:
