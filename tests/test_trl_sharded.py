@@ -6,18 +6,21 @@ own function, or torch's, and stepped by hand. In float64, where every engine is
 
 import copy
 import functools
-import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model, save_fsdp_model, save_fsdp_optimizer
+from accelerate.utils.fsdp_utils import (
+    fsdp2_prepare_model,
+    load_fsdp_model,
+    save_fsdp_model,
+    save_fsdp_optimizer,
+)
 from peft import LoraConfig
 from torch import distributed, nn
 from torch.distributed.fsdp import (
-    FSDPModule,
     FullyShardedDataParallel,
     MixedPrecisionPolicy,
     fully_shard,
@@ -30,6 +33,12 @@ from trl_runs import OURS, STOCK, make_trainer
 from fastpref.trl import use_fastpref_logps
 
 STEPS, RATE = 3, 0.05
+COLUMNS = "loss_columns"  # of a batch: what the trainer's loss takes from columns
+METRICS = [
+    *("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"),
+    *("rewards/chosen", "rewards/rejected", "rewards/margins"),
+    *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
+]
 
 
 # --- engines ------------------------------------------------------------------------------------
@@ -284,3 +293,140 @@ def test_lora_in_bf16_starts_at_its_reference(name, two_ranks, tiny_llama, pairs
         assert loss == pytest.approx(0.6931472, abs=1e-7)
         assert margin == 0
         assert difference == 0
+
+
+def test_deepspeed_leaves_the_losss_numbers_alone(tiny_llama, pairs, tmp_path, monkeypatch):
+    """The Trainer gives all floating numbers of a batch the dtype of DeepSpeed's model."""
+    trainer = make_trainer(
+        OURS, tiny_llama, pairs, tmp_path, objective="unidpo", precompute_ref_log_probs=True
+    )
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(2)])
+    batch["pixel_values"] = torch.rand(2, 3)
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    config = SimpleNamespace(dtype=lambda: torch.bfloat16)
+    deepspeed = SimpleNamespace(hf_ds_config=config)
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", deepspeed)
+    prepared = trainer._prepare_inputs(batch)
+    assert prepared["pixel_values"].dtype == torch.bfloat16
+    exact = {**batch[COLUMNS], **{n: batch[n] for n in ("ref_chosen_logps", "ref_rejected_logps")}}
+    kept = prepared[COLUMNS] | prepared
+    assert exact
+    for name, value in exact.items():
+        torch.testing.assert_close(kept[name], value, rtol=0, atol=0)
+        assert (value != value.bfloat16()).any() or name == "scores"
+
+
+# --- DDP ----------------------------------------------------------------------------------------
+
+# Of eight pairs a step, in fp32; what DDP shares out is named beside how the model trains.
+RUNS = {
+    "accumulation, tied, checkpointing": {
+        "tied": True,
+        "accumulation": 2,
+        "gradient_checkpointing": True,
+    },
+    "modules_to_save, recomputed": lora("q_proj", modules_to_save=["lm_head"])
+    | {"schedule": "recompute"},
+    "LoRA, SimPO": lora("q_proj", "down_proj") | {"objective": "simpo"},
+    "references from disk": {"objective": "dpo", "precompute_ref_log_probs": True},
+}
+
+
+def run(name, world, directory, pairs, tmp_path):
+    """Last log and weights of a run, `world` processes of the same eight pairs a step."""
+    options = dict(RUNS[name])
+    accumulation = options.pop("accumulation", 1)
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, tie_word_embeddings=options.pop("tied", False)
+    )
+    trainer = make_trainer(
+        OURS,
+        directory,
+        pairs,
+        tmp_path,
+        model=model,
+        **{"objective": "unidpo"} | options,
+        per_device_train_batch_size=8 // world // accumulation,
+        gradient_accumulation_steps=accumulation,
+        max_steps=STEPS,
+        optim="sgd",
+        learning_rate=RATE,
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    weights = by_name(trainer.model, lambda p: p)
+    trainer.model_wrapped = None  # or DDP's reducer would end after the process group
+    return logs, weights
+
+
+def run_as(rank, names, directory, pairs, tmp_path):
+    world = distributed.get_world_size()
+    return [run(name, world, directory, pairs, tmp_path) for name in names]
+
+
+@pytest.mark.parametrize(("group", "names"), [("two_ranks", [*RUNS]), ("four_ranks", [*RUNS][:1])])
+def test_ddp_trains_as_one_process(group, names, request, tiny_llama, pairs, tmp_path):
+    processes = request.getfixturevalue(group)
+    expected = [run(name, 1, tiny_llama, pairs, tmp_path / "one") for name in names]
+    arguments = names, tiny_llama, pairs, tmp_path / "many"
+    for found in processes.run(run_as, *arguments, seconds=200):
+        for (logs, weights), (their_logs, their_weights) in zip(found, expected, strict=True):
+            assert_equal(weights, their_weights, relative=1e-5)
+            assert len(logs) == STEPS
+            for log, theirs in zip(logs, their_logs, strict=True):
+                for metric in METRICS:
+                    close = pytest.approx(theirs[metric], rel=1e-5, abs=2e-6)
+                    assert log[metric] == close, metric
+
+
+# --- resumed runs -------------------------------------------------------------------------------
+
+
+def test_tokens_are_counted_on_in_a_resumed_run(tiny_llama, pairs, tmp_path):
+    options = {"objective": "unidpo", "save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(OURS, tiny_llama, pairs, tmp_path, **options)
+    whole.train()
+    resumed = make_trainer(OURS, tiny_llama, pairs, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    counts = [
+        [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
+        for trainer in (whole, resumed)
+    ]
+    assert counts[0] == counts[1]
+    assert 0 < counts[0][0] < counts[0][1]
+
+
+def resumed_beside_uninterrupted(rank, directory, pairs, tmp_path):
+    """Two steps of AdamW, a sharded checkpoint, and the third step in two ways."""
+    third = []
+    for resumes in (False, True):
+        trainer = trainer_of(directory, pairs, tmp_path)
+        trainer.model = fsdp1(trainer.model)
+        trainer.is_fsdp_enabled = True
+        trainer.accelerator.state.fsdp_plugin = state = plugin(1)
+        state.set_state_dict_type("SHARDED_STATE_DICT")
+        trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=RATE)
+        trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer, 1.0)
+        batch = batch_of(trainer, mine(rank, range(len(pairs))))
+        of_model = state, trainer.accelerator, trainer.model, str(tmp_path)
+        if resumes:
+            load_fsdp_model(*of_model)
+            trainer._load_optimizer_and_scheduler(str(tmp_path))
+        else:
+            for _ in range(2):
+                step(trainer, batch)
+                trainer.optimizer.step()
+                trainer.optimizer.zero_grad()
+            save_fsdp_model(*of_model)
+            save_fsdp_optimizer(*of_model[:2], trainer.optimizer, *of_model[2:])
+            torch.save(trainer.lr_scheduler.state_dict(), tmp_path / "scheduler.pt")
+            distributed.barrier()
+        step(trainer, batch)
+        trainer.optimizer.step()
+        third.append(by_name(trainer.model, lambda p: p))
+    assert_equal(third[1], third[0], relative=1e-12)
+
+
+def test_fsdp1_continues_from_a_sharded_checkpoint(two_ranks, tiny_llama, pairs, tmp_path):
+    two_ranks.run(resumed_beside_uninterrupted, tiny_llama, pairs, tmp_path, seconds=150)
