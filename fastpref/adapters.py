@@ -50,7 +50,7 @@ def token_logps(
         A `LossHeadOutput` with `logps` `(B, T)`, fp32, 0 where not scored, the statistics in
         `metrics`, and `aux_loss` where router logits were asked for.
     """
-    from fastpref.trl.head import LossHeadOutput
+    from fastpref.trl.head import LossHeadOutput, uncast
 
     def loss_head(hidden: Tensor, weight: Tensor, **head: Any) -> LossHeadOutput:
         found = linear_logps(
@@ -59,7 +59,7 @@ def token_logps(
         logps, of_tokens = found if isinstance(found, tuple) else (found, {})
         return LossHeadOutput(logps=logps, metrics=of_tokens)
 
-    return model(**inputs, loss_head=loss_head)
+    return uncast(model(**inputs, loss_head=loss_head))
 
 
 class _OfTransformers:

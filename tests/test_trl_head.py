@@ -9,6 +9,8 @@ from peft import AdaptionPromptConfig, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl_runs import OURS, STOCK, TINY, compare_runs, make_trainer, trained
 
+from fastpref.adapters import token_logps
+from fastpref.sequences import shift_targets
 from fastpref.trl import add_loss_head, use_fastpref_logps
 
 VISION = {
@@ -20,6 +22,7 @@ VISION = {
     "patch_size": 14,
 }
 IDS = torch.tensor([[17, 42, 5, 61, 33]])
+TARGETS = shift_targets(IDS, torch.ones_like(IDS))
 
 
 def build(name, **fields):
@@ -52,6 +55,10 @@ def own_logps(model):
     return logps[:, :-1].gather(-1, IDS[:, 1:, None])[..., 0]
 
 
+def head_logps(model):
+    return token_logps(model, TARGETS, {"input_ids": IDS}).logps[:, :-1].double()
+
+
 def assert_head_is_the_models_own(model):
     """Log-probabilities through the head are those of the logits, within rounding in fp32.
 
@@ -60,7 +67,7 @@ def assert_head_is_the_models_own(model):
     """
     expected = own_logps(model)
     add_loss_head(model)
-    found = model(IDS, labels=IDS, fused_lm_head=True).log_probs
+    found = head_logps(model)
     head = model.get_output_embeddings()
     hidden = model(IDS, loss_head=lambda hidden, *_, **__: Seen(hidden)).loss
     largest = hidden.abs().max() * head.weight.abs().sum(1).max()
@@ -198,14 +205,14 @@ def test_trained_tokens_of_a_head(tied):
     grads = {name: parameter.grad.clone() for name, parameter in added.items()}
     model.zero_grad()
     add_loss_head(model)
-    found = model(input_ids=IDS, labels=IDS, fused_lm_head=True).log_probs
+    found = head_logps(model)
     found.sum().backward()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
     assert (expected - original).abs().max() > 1
     for name, parameter in added.items():
         torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-4, atol=1e-3)
     with model.disable_adapter():
-        found = model(input_ids=IDS, labels=IDS, fused_lm_head=True).log_probs
+        found = head_logps(model)
     torch.testing.assert_close(found, original, rtol=1e-5, atol=1e-4)
 
 
@@ -256,7 +263,7 @@ def test_head_and_hidden_of_two_dtypes():
     model = FAMILIES["llama"]().bfloat16()
     model.lm_head.float()
     add_loss_head(model)
-    found = model(IDS, labels=IDS, fused_lm_head=True).log_probs
+    found = head_logps(model)
     logits = model.model(IDS).last_hidden_state.double() @ model.lm_head.weight.double().T
     expected = logits[:, :-1].log_softmax(-1).gather(-1, IDS[:, 1:, None])[..., 0]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)

@@ -9,6 +9,9 @@ its paper and in PEFT. Trained tokens are LoRA with B the rows they stand in and
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
@@ -16,11 +19,11 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import TrainableTokensWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 # Of the head, whose norms are taken together.
 _ROWS_AT_ONCE = 4096
@@ -36,6 +39,57 @@ class HeadTensors(TypedDict):
     frozen_scale: NotRequired[Tensor]
 
 
+def run_in_head(head: Any, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """`function(hidden)` as the forward of the head and of every part of it that is in use.
+
+    So what DDP, FSDP, ZeRO-3 and tensor parallelism do around a module's forward and backward is
+    done for the head as for any other: weights are gathered, cast and freed, gradients reduced.
+    What `function` returns is a head's output to them: tensors, in containers that they look into.
+    """
+    for module in reversed(_parts_in_use(head)):
+        function = functools.partial(_call_with_forward, module, function)
+    return function(hidden)
+
+
+def _parts_in_use(head: Any) -> list[Any]:
+    """Modules whose parameters `projection` reads, outermost first."""
+    parts = [head]
+    if isinstance(head, ModulesToSaveWrapper):
+        active = [] if head.disable_adapters else head.active_adapters
+        saved = [head.modules_to_save[name] for name in active if name in head.modules_to_save]
+        parts.append(saved[0] if saved else head.original_module)
+    layer = _layer_of(head)
+    if isinstance(layer, BaseTunerLayer):
+        parts.append(layer.get_base_layer())
+    if isinstance(layer, LoraLinear):
+        of_kinds = (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)
+        for name in _names_in_use(layer):
+            parts += [modules[name] for modules in of_kinds if name in modules]
+    return parts
+
+
+def _call_with_forward(module: Any, forward: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    with _forward_of(_unwrapped(module), forward):
+        return module(hidden)
+
+
+@contextlib.contextmanager
+def _forward_of(module: nn.Module, forward: Callable[[Tensor], Any]) -> Iterator[None]:
+    own = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if own is not None:
+            vars(module)["forward"] = own
+
+
+def _unwrapped(module: Any) -> Any:
+    """FSDP1's forward is the wrapper's own: what it runs is the module in it."""
+    return module.module if isinstance(module, FullyShardedDataParallel) else module
+
+
 def projection(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, HeadTensors]:
     """Hidden states `(…, H)`, widened by its adapters, weight and the rest of an LM head.
 
@@ -46,8 +100,8 @@ def projection(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, HeadTensors]:
         ValueError: an adapter that is more than such a projection; see `check_head`.
     """
     check_head(head)
-    tokens = _tokens_of(head)
-    layer: Any = head if tokens is None else tokens
+    layer = _layer_of(head)
+    tokens = layer if isinstance(layer, TrainableTokensLayer) else None
     if not isinstance(layer, BaseTunerLayer):
         weight, bias = (_unless_in_parts(x) for x in (head.weight, getattr(head, "bias", None)))
         return hidden.to(weight.device), weight, {"bias": bias}
@@ -56,10 +110,7 @@ def projection(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, HeadTensors]:
     base: Any = layer.get_base_layer()
     weight, bias = whole(base.weight), whole(getattr(base, "bias", None))
     adapted = _Adapted(hidden.to(weight.device), weight)
-    given: Any = getattr(layer, "lora_A" if tokens is None else "trainable_tokens_delta")
-    unused = layer.disable_adapters or layer.merged
-    active: list[str] = layer.active_adapters
-    names = [] if unused else [name for name in active if name in given]
+    names = _names_in_use(layer)
     if not names:
         return adapted.hidden, weight, {"bias": bias}
     if tokens is not None:
@@ -83,8 +134,7 @@ def projection(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, HeadTensors]:
 
 def check_head(head: Any) -> None:
     """Raises ValueError where the head, or an adapter on it, is more than a projection."""
-    tokens = _tokens_of(head)
-    layer: Any = head if tokens is None else tokens
+    layer = _layer_of(head)
     base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     weight: Any = getattr(base, "weight", None)
     if weight is not None and not weight.is_floating_point():
@@ -95,23 +145,19 @@ def check_head(head: Any) -> None:
         )
     if not isinstance(layer, BaseTunerLayer):
         return
-    kind = f"{type(layer).__module__.split('.')[2]} {type(layer).__name__}"
-    if tokens is None and type(layer) is not LoraLinear:
+    kind = next(each for each in type(layer).__mro__ if each.__module__.startswith("peft."))
+    if kind not in (LoraLinear, TrainableTokensLayer):  # of which FSDP2 makes subclasses
         raise ValueError(
-            f"an adapter on the LM head is LoRA, rsLoRA, DoRA or trainable_token_indices; {kind} "
-            "is none of them: take the head out of its target_modules"
-        )
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "an adapter on the LM head is not gathered under ZeRO-3: use ZeRO-2 or FSDP, or take "
-            "the head out of its target_modules"
+            "an adapter on the LM head is LoRA, rsLoRA, DoRA or trainable_token_indices; "
+            f"{kind.__module__.split('.')[2]} {kind.__name__} is none of them: take the head out "
+            "of its target_modules"
         )
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "the LM head has an adapter and its own weight trains too, which would get no "
             "gradient: freeze it, or take the head out of target_modules"
         )
-    if tokens is None:
+    if kind is LoraLinear:
         _check_lora(layer)
 
 
@@ -140,7 +186,7 @@ def _check_variant(layer: Any, name: str) -> None:
 
 
 def whole(parameter: Any) -> Any:
-    """FSDP2 shards parameters as DTensors; the projection needs all of the head."""
+    """All of a DTensor: within the head's own forward that is a tensor-parallel shard alone."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
@@ -150,11 +196,18 @@ def _unless_in_parts(parameter: Any) -> Any:
     return parameter if meshes == ("tp",) else whole(parameter)
 
 
-def _tokens_of(head: Any) -> TrainableTokensLayer | None:
-    """What trains some of the head's rows, if it is that."""
-    if isinstance(head, TrainableTokensWrapper):
-        return head.token_adapter
-    return head if isinstance(head, TrainableTokensLayer) else None
+def _layer_of(head: Any) -> Any:
+    """The layer of PEFT that the head is, or that trains some of its rows; else the head."""
+    head = _unwrapped(head)
+    return head.token_adapter if isinstance(head, TrainableTokensWrapper) else head
+
+
+def _names_in_use(layer: Any) -> list[str]:
+    """Of a layer of PEFT, its adapters that count, in their order."""
+    tokens = isinstance(layer, TrainableTokensLayer)
+    given = layer.trainable_tokens_delta if tokens else layer.lora_A
+    unused = layer.disable_adapters or layer.merged
+    return [] if unused else [name for name in layer.active_adapters if name in given]
 
 
 @dataclass

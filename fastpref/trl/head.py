@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import logging
@@ -15,14 +16,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import ModelOutput
 
 from fastpref.backends import Head
-from fastpref.loss import linear_logps
-from fastpref.sequences import IGNORED, copied_to_host, on_device, shift_targets
-from fastpref.trl.adapted_head import check_head, projection, whole
-from fastpref.trl.stock import stock
+from fastpref.sequences import on_device
+from fastpref.trl.adapted_head import check_head, projection, run_in_head, whole
 
 if TYPE_CHECKING:
     from fastpref.trl.packing import Packing
@@ -40,16 +38,42 @@ class LossHeadOutput(ModelOutput):
     lengths: Tensor | None = None
     metrics: dict[str, Tensor] | None = None
     aux_loss: Tensor | None = None
+    sealed: _Sealed | None = None
+
+
+class _Sealed:
+    """Holds an output as it was: engines cast tensors, in containers too, and pass this by."""
+
+    def __init__(self, output: LossHeadOutput) -> None:
+        self.output = output
+
+
+def uncast(output: LossHeadOutput) -> LossHeadOutput:
+    """A model's output with the values that its loss head gave, each in its own dtype.
+
+    FSDP2's `output_dtype` makes bfloat16 of all that leaves a model. Gradients wait for what an
+    engine hung on the tensors that did leave: each is an input here, of gradient 0.
+    """
+    if output.sealed is None:
+        return output
+
+    def exactly(exact: Any, left: Any) -> Any:
+        if not isinstance(exact, Tensor) or not exact.requires_grad or exact is left:
+            return exact
+        return torch.where(torch.ones_like(exact, dtype=torch.bool), exact, left)
+
+    exact = output.sealed.output
+    return LossHeadOutput(**{name: exactly(exact[name], output[name]) for name in exact})
 
 
 def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
     """Lets the model's forward hand hidden states and head to a loss, in place of TRL's fused head.
 
     `model(…, loss_head=f)` returns `f(hidden, weight, bias=…, softcap=…, logit_scale=…)`, a
-    `PreferenceOutput`, as a `LossHeadOutput`; `model(…, labels=labels, fused_lm_head=True)`, which
-    TRL asks of reference models, returns log-probabilities exact to fp32. With either, `packing`
-    says how the padded `input_ids` become one row: `hidden` is that row's `(1, T, H)`, and the
-    log-probabilities are those of the padded batch. Any other call is the model's own.
+    `PreferenceOutput`, as a `LossHeadOutput`. `f` runs as the head's own forward, around which an
+    engine gathers and casts; of what it returns `uncast` gives the exact values. `packing` says how
+    the padded `input_ids` become one row: `hidden` is that row's `(1, T, H)`. A call without
+    `loss_head` is the model's own.
 
     LoRA, rsLoRA and DoRA on the head, and tokens of it that train, count as in its own forward:
     `hidden` has further columns then, `weight` is what trains of the head, and `loss_head` is given
@@ -62,8 +86,8 @@ def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
     Raises:
         ValueError: the model's logits are not its last hidden state times its head, scaled and
             capped; the head is quantised, or an adapter on it is of another kind, is DoRA with
-            dropout, or comes with ZeRO-3 or a head that trains too. Where the two tokens could not
-            be run, a warning is logged instead.
+            dropout, or comes with a head that trains too. Where the two tokens could not be run, a
+            warning is logged instead.
     """
     wrapper: Any = model
     inner: Any = wrapper.get_base_model() if isinstance(wrapper, PeftModel) else wrapper
@@ -75,48 +99,31 @@ def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
         self: PreTrainedModel,
         *args: Any,
         loss_head: Callable[..., Any] | None = None,
-        fused_lm_head: bool = False,
-        labels: Tensor | None = None,
         packing: Packing | None = None,
         **kwargs: Any,
     ) -> Any:
-        if loss_head is None and not fused_lm_head:
-            if labels is not None:
-                kwargs["labels"] = labels
+        if loss_head is None:
             return stock_forward(*args, **kwargs)
         kwargs["use_cache"] = False
-        if loss_head is None:
-            if labels is None:
-                raise ValueError("fused_lm_head=True needs labels")
-            targets_on_host = copied_to_host(shift_targets(labels, labels.ne(IGNORED)))
         token_counts = kwargs.get("attention_mask")
         if packing is not None:
             input_ids = kwargs.pop("input_ids")
             kwargs |= packing.model_inputs(input_ids, self)
             token_counts = on_device(packing.uses, input_ids.device)[None]
         backbone = backbone_of(self)(*args, **kwargs)
-        with _head_of(self) as head:
-            hidden, weight, tensors = projection(head, backbone.last_hidden_state)
-            if loss_head is not None:
-                out = loss_head(hidden, weight, **tensors, **scalars)
-                aux_loss = None
-                if kwargs.get("output_router_logits"):
-                    aux_loss = _router_loss(self, backbone, token_counts)
-                return LossHeadOutput(
-                    out.loss, out.losses, out.logps, out.lengths, out.metrics, aux_loss
-                )
-            targets = targets_on_host()
-            if packing is None:
-                logps = linear_logps(hidden, weight, targets, **tensors, **scalars)
-            else:
-                scored = targets != IGNORED
-                rows = packing.hidden_of(hidden, packing.row_of[scored])
-                found = linear_logps(rows, weight, targets[scored], **tensors, **scalars)
-                logps = found.new_zeros(targets.shape)
-                logps.masked_scatter_(on_device(scored, logps.device), found)
-            if logps.device.type != "mps":  # TRL adds them up in the dtype it is given
-                logps = logps.double()
-            return stock("trl.trainer.utils:FusedCausalLMOutput")(log_probs=logps[:, :-1])
+        head: Any = self.get_output_embeddings()
+
+        def of_hidden(hidden: Tensor) -> LossHeadOutput:
+            hidden, weight, tensors = projection(head, hidden)
+            out = loss_head(hidden, weight, **tensors, **scalars)
+            output = LossHeadOutput(out.loss, out.losses, out.logps, out.lengths, out.metrics)
+            return dataclasses.replace(output, sealed=_Sealed(output))
+
+        output = run_in_head(head, of_hidden, backbone.last_hidden_state)
+        if kwargs.get("output_router_logits"):
+            aux_loss = _router_loss(self, backbone, token_counts)
+            output.aux_loss = output.sealed.output.aux_loss = aux_loss
+        return output
 
     inner.forward = types.MethodType(forward, inner)
     if isinstance(wrapper, PeftModel) and "forward" in vars(wrapper.base_model):
@@ -126,17 +133,6 @@ def add_loss_head(model: PreTrainedModel | PeftModel, **_: Any) -> None:
 def backbone_of(model: Any) -> Any:
     """`base_model`; the model itself where its prefix names nothing, as in Llama 4's text model."""
     return model.model if model.base_model is model else model.base_model
-
-
-@contextlib.contextmanager
-def _head_of(model: PreTrainedModel) -> Iterator[Any]:
-    """The LM head, gathered where ZeRO-3 has sharded it."""
-    head: Any = model.get_output_embeddings()
-    with contextlib.ExitStack() as stack:
-        if is_deepspeed_zero3_enabled():
-            gathered = stock("trl.trainer.utils:maybe_gather_lm_head_ctx")
-            stack.enter_context(gathered(head.weight, getattr(head, "bias", None)))
-        yield head
 
 
 def _router_loss(model: PreTrainedModel, backbone: Any, token_counts: Tensor | None) -> Tensor:
@@ -253,7 +249,8 @@ def _confirmed_scalars(model: PreTrainedModel) -> HeadScalars:
 
 def _two_tokens(model: PreTrainedModel) -> tuple[Tensor, Tensor, Head]:
     """The model's own logits `(1, ≤2, V)`, last hidden state `(1, 2, H)`, and head."""
-    with trying_out(model), torch.no_grad(), _head_of(model) as head:
+    with trying_out(model), torch.no_grad():
+        head = model.get_output_embeddings()
         ids = torch.tensor([ordinary_tokens(model, 2)], device=model.device)
         logits = model(input_ids=ids, use_cache=False).logits
         hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state

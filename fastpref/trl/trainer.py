@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from accelerate.data_loader import DataLoaderDispatcher
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from transformers.trainer_utils import has_length
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
@@ -40,7 +42,7 @@ from fastpref.trl.faults import (
     resumable,
     say_nonfinite,
 )
-from fastpref.trl.head import add_loss_head
+from fastpref.trl.head import LossHeadOutput, add_loss_head, uncast
 from fastpref.trl.packing import Packing, prepare_packing, scored_places, sees_all_pairs
 from fastpref.trl.step import EvenBatches, OfStep, gathered, gathered_texts, processes
 
@@ -331,7 +333,54 @@ class PreferenceTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         inputs = {name: value for name, value in self._packed(inputs).items() if name != _COLUMNS}
-        return super().compute_ref_log_probs(model, inputs)
+        trains = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+
+        def reference(*, labels: Tensor, fused_lm_head: bool, **kwargs: Any) -> Any:
+            for parameter, requires_grad in trains:  # PEFT has just switched adapters off, and the
+                parameter.requires_grad_(requires_grad)  # first forward tells FSDP2 what trains
+            targets_on_host = copied_to_host(shift_targets(labels, labels.ne(IGNORED)))
+            packing = kwargs.get(_PACKING)
+
+            def loss_head(hidden: Tensor, weight: Tensor, **head: Any) -> LossHeadOutput:
+                targets = targets_on_host()
+                if packing is None:
+                    return LossHeadOutput(logps=linear_logps(hidden, weight, targets, **head))
+                scored = targets != IGNORED
+                rows = packing.hidden_of(hidden, packing.row_of[scored])
+                found = linear_logps(rows, weight, targets[scored], **head)
+                logps = found.new_zeros(targets.shape)
+                return LossHeadOutput(
+                    logps=logps.masked_scatter_(on_device(scored, logps.device), found)
+                )
+
+            logps = uncast(model(**kwargs, loss_head=loss_head)).logps
+            if logps.device.type != "mps":  # TRL adds them up in the dtype it is given
+                logps = logps.double()
+            return types.SimpleNamespace(log_probs=logps[:, :-1])
+
+        return super().compute_ref_log_probs(reference, inputs)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On their device; DeepSpeed casts what the model takes, and the loss's numbers stay."""
+        ours = {name: inputs[name] for name in _NOT_FOR_MODEL if name in inputs}
+        rest = {name: value for name, value in inputs.items() if name not in ours}
+        return super()._prepare_inputs(rest) | _each(_mover(self.args.device), ours)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """FSDP1 reads of sharded checkpoints what the optimizer has: a new one has nothing yet."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if checkpoint is not None and plugin is not None and plugin.fsdp_version == 1:
+            get_optimizer_state_dict(self.model, self.optimizer)  # steps once, at a rate of 0
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    @property
+    def _total_train_tokens(self) -> int:
+        """In the state that checkpoints keep, so that `num_tokens` goes on in a resumed run."""
+        return self.state.stateful_callbacks.get("num_tokens", {}).get("trained", 0)
+
+    @_total_train_tokens.setter
+    def _total_train_tokens(self, count: int) -> None:
+        self.state.stateful_callbacks["num_tokens"] = {"trained": count}
 
     def _packed(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """With how to pack them, which our collator says without a wait for the device."""
@@ -490,7 +539,7 @@ class PreferenceTrainer(DPOTrainer):
         model_inputs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_MODEL}
         if self.aux_loss_enabled:
             model_inputs["output_router_logits"] = True
-        outputs = model(**model_inputs, use_cache=False, loss_head=loss_head)
+        outputs = uncast(model(**model_inputs, use_cache=False, loss_head=loss_head))
         loss, metrics = outputs.loss, dict(outputs.metrics)
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
