@@ -18,6 +18,7 @@ from accelerate.utils.fsdp_utils import (
     save_fsdp_model,
     save_fsdp_optimizer,
 )
+from datasets import Dataset, load_from_disk
 from peft import LoraConfig
 from torch import distributed, nn
 from torch.distributed.fsdp import (
@@ -344,7 +345,7 @@ RUNS = {
 }
 
 
-def run(name, world, directory, pairs, tmp_path):
+def run(name, world, directory, tmp_path):
     """Last log and weights of a run, `world` processes of the same eight pairs a step."""
     options = dict(RUNS[name])
     accumulation = options.pop("accumulation", 1)
@@ -352,7 +353,7 @@ def run(name, world, directory, pairs, tmp_path):
     trainer = make_trainer(
         OURS,
         directory,
-        pairs,
+        load_from_disk(tmp_path / "pairs"),  # beside which all processes find its references
         tmp_path,
         model=model,
         **{"objective": "unidpo"} | options,
@@ -369,17 +370,19 @@ def run(name, world, directory, pairs, tmp_path):
     return logs, weights
 
 
-def run_as(rank, names, directory, pairs, tmp_path):
+def run_as(rank, names, directory, tmp_path):
     world = distributed.get_world_size()
-    return [run(name, world, directory, pairs, tmp_path) for name in names]
+    return [run(name, world, directory, tmp_path) for name in names]
 
 
 @pytest.mark.parametrize(("group", "names"), [("two_ranks", [*RUNS]), ("four_ranks", [*RUNS][:1])])
 def test_ddp_trains_as_one_process(group, names, request, tiny_llama, pairs, tmp_path):
     processes = request.getfixturevalue(group)
-    expected = [run(name, 1, tiny_llama, pairs, tmp_path / "one") for name in names]
-    arguments = names, tiny_llama, pairs, tmp_path / "many"
-    for found in processes.run(run_as, *arguments, seconds=200):
+    one, many = tmp_path / "one", tmp_path / "many"
+    for directory in (one, many):
+        Dataset.from_list(pairs).save_to_disk(directory / "pairs")
+    expected = [run(name, 1, tiny_llama, one) for name in names]
+    for found in processes.run(run_as, names, tiny_llama, many, seconds=200):
         for (logs, weights), (their_logs, their_weights) in zip(found, expected, strict=True):
             assert_equal(weights, their_weights, relative=1e-5)
             assert len(logs) == STEPS
