@@ -579,8 +579,7 @@ def tensor_parallel(rank, directory):
         add_loss_head(model)
         out = model(input_ids=ids, loss_head=loss_head)
         out.loss.backward()
-        logps = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
-        found.append({"loss": out.loss.detach(), "logps": logps.detach()})
+        found.append({"loss": out.loss.detach(), "logps": out.logps.detach()})
         for name, parameter in model.named_parameters():
             gradient = parameter.grad
             of_parts = isinstance(gradient, DTensor)

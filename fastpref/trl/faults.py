@@ -184,8 +184,8 @@ def _is_complete(checkpoint: Path) -> bool:
 
 def keep_pairs_per_step(state: TrainerState, pairs: int) -> None:
     """Has the next checkpoint say how many pairs a step takes, of all processes."""
-    kept = {"args": {}, "attributes": {_PAIRS_PER_STEP: pairs}}
-    state.stateful_callbacks["fastpref"] = kept
+    kept: Any = state.stateful_callbacks
+    kept["fastpref"] = {"args": {}, "attributes": {_PAIRS_PER_STEP: pairs}}
 
 
 def check_pairs_per_step(checkpoint: str, pairs: int) -> None:

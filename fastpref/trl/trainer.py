@@ -353,7 +353,7 @@ class PreferenceTrainer(DPOTrainer):
                     logps=logps.masked_scatter_(on_device(scored, logps.device), found)
                 )
 
-            logps = uncast(model(**kwargs, loss_head=loss_head)).logps
+            logps: Any = uncast(model(**kwargs, loss_head=loss_head)).logps
             if logps.device.type != "mps":  # TRL adds them up in the dtype it is given
                 logps = logps.double()
             return types.SimpleNamespace(log_probs=logps[:, :-1])
@@ -370,17 +370,20 @@ class PreferenceTrainer(DPOTrainer):
         """FSDP1 reads of sharded checkpoints what the optimizer has: a new one has nothing yet."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if checkpoint is not None and plugin is not None and plugin.fsdp_version == 1:
-            get_optimizer_state_dict(self.model, self.optimizer)  # steps once, at a rate of 0
+            optimizer: Any = self.optimizer
+            get_optimizer_state_dict(self.model, optimizer)  # steps once, at a rate of 0
         super()._load_optimizer_and_scheduler(checkpoint)
 
     @property
     def _total_train_tokens(self) -> int:
         """In the state that checkpoints keep, so that `num_tokens` goes on in a resumed run."""
-        return self.state.stateful_callbacks.get("num_tokens", {}).get("trained", 0)
+        kept: Any = self.state.stateful_callbacks
+        return kept.get("num_tokens", {}).get("trained", 0)
 
     @_total_train_tokens.setter
     def _total_train_tokens(self, count: int) -> None:
-        self.state.stateful_callbacks["num_tokens"] = {"trained": count}
+        kept: Any = self.state.stateful_callbacks
+        kept["num_tokens"] = {"trained": count}
 
     def _packed(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """With how to pack them, which our collator says without a wait for the device."""
@@ -411,10 +414,10 @@ class PreferenceTrainer(DPOTrainer):
         batches: list[Any] = []
         try:
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        except Exception as reason:
+        except Exception as error:
             if isinstance(self.callback_handler.train_dataloader, DataLoaderDispatcher):
                 raise  # the others wait for the batch itself: whoever started them ends them
-            failure = reason
+            failure = error
         masks = [batch["completion_mask"] for batch in batches]
         tokens = 0
         if self.objective.uses_mean_length and len(masks) * processes() > 1:
@@ -454,7 +457,7 @@ class PreferenceTrainer(DPOTrainer):
         model: Any,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: int | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """The loss; in training times the batch's share of the step's pairs, 1 if all are equal.
 
@@ -539,7 +542,7 @@ class PreferenceTrainer(DPOTrainer):
         model_inputs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_MODEL}
         if self.aux_loss_enabled:
             model_inputs["output_router_logits"] = True
-        outputs = uncast(model(**model_inputs, use_cache=False, loss_head=loss_head))
+        outputs: Any = uncast(model(**model_inputs, use_cache=False, loss_head=loss_head))
         loss, metrics = outputs.loss, dict(outputs.metrics)
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
@@ -597,7 +600,7 @@ class PreferenceTrainer(DPOTrainer):
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         if resume_from_checkpoint:
-            found = resumable(resume_from_checkpoint, self.args.output_dir)
+            found = resumable(resume_from_checkpoint, str(self.args.output_dir))
             if found is not None and not self.args.ignore_data_skip:
                 check_pairs_per_step(found, self.get_total_train_batch_size(self.args))
             resume_from_checkpoint = found or resume_from_checkpoint
