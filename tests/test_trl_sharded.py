@@ -6,6 +6,7 @@ own function, or torch's, and stepped by hand. In float64, where every engine is
 
 import copy
 import functools
+import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from accelerate.utils.fsdp_utils import (
 )
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig
+from ranks import Ranks
 from torch import distributed, nn
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
@@ -29,6 +31,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl_runs import OURS, STOCK, make_trainer
 
 from fastpref.trl import use_fastpref_logps
@@ -340,12 +343,13 @@ RUNS = {
     },
     "modules_to_save, recomputed": lora("q_proj", modules_to_save=["lm_head"])
     | {"schedule": "recompute"},
+    "DoRA on the head": lora("q_proj", "lm_head", use_dora=True),
     "LoRA, SimPO": lora("q_proj", "down_proj") | {"objective": "simpo"},
     "references from disk": {"objective": "dpo", "precompute_ref_log_probs": True},
 }
 
 
-def run(name, world, directory, tmp_path):
+def run(name, world, directory, tmp_path, **engine):
     """Last log and weights of a run, `world` processes of the same eight pairs a step."""
     options = dict(RUNS[name])
     accumulation = options.pop("accumulation", 1)
@@ -356,7 +360,7 @@ def run(name, world, directory, tmp_path):
         load_from_disk(tmp_path / "pairs"),  # beside which all processes find its references
         tmp_path,
         model=model,
-        **{"objective": "unidpo"} | options,
+        **{"objective": "unidpo"} | options | engine,
         per_device_train_batch_size=8 // world // accumulation,
         gradient_accumulation_steps=accumulation,
         max_steps=STEPS,
@@ -365,9 +369,17 @@ def run(name, world, directory, tmp_path):
     )
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    weights = by_name(trainer.model, lambda p: p)
+    weights = by_name(trainer.model, gathered if engine else lambda p: p)
     trainer.model_wrapped = None  # or DDP's reducer would end after the process group
     return logs, weights
+
+
+def gathered(parameter):
+    """Of ZeRO-3, whole."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):
+        return parameter.detach().clone()
 
 
 def run_as(rank, names, directory, tmp_path):
@@ -383,13 +395,54 @@ def test_ddp_trains_as_one_process(group, names, request, tiny_llama, pairs, tmp
         Dataset.from_list(pairs).save_to_disk(directory / "pairs")
     expected = [run(name, 1, tiny_llama, one) for name in names]
     for found in processes.run(run_as, names, tiny_llama, many, seconds=200):
-        for (logs, weights), (their_logs, their_weights) in zip(found, expected, strict=True):
-            assert_equal(weights, their_weights, relative=1e-5)
-            assert len(logs) == STEPS
-            for log, theirs in zip(logs, their_logs, strict=True):
-                for metric in METRICS:
-                    close = pytest.approx(theirs[metric], rel=1e-5, abs=2e-6)
-                    assert log[metric] == close, metric
+        assert_same_runs(found, expected)
+
+
+def assert_same_runs(found, expected):
+    for (logs, weights), (their_logs, their_weights) in zip(found, expected, strict=True):
+        assert_equal(weights, their_weights, relative=1e-5)
+        assert len(logs) == STEPS
+        for log, theirs in zip(logs, their_logs, strict=True):
+            for metric in METRICS:
+                assert log[metric] == pytest.approx(theirs[metric], rel=1e-5, abs=2e-6), metric
+
+
+# --- ZeRO ---------------------------------------------------------------------------------------
+
+ZERO = ["modules_to_save, recomputed", "DoRA on the head"]
+
+
+def run_zero(rank, names, directory, tmp_path):
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(distributed.get_world_size())}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}  # shards small tensors too
+    config = {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+    try:
+        return [
+            run(name, distributed.get_world_size(), directory, tmp_path, deepspeed=config)
+            for name in names
+        ]
+    finally:
+        unset_hf_deepspeed_config()
+
+
+def test_zero3_trains_as_one_process(tiny_llama, pairs, tmp_path):
+    pytest.importorskip("deepspeed")
+    one, many = tmp_path / "one", tmp_path / "many"
+    for directory in (one, many):
+        Dataset.from_list(pairs).save_to_disk(directory / "pairs")
+    expected = [run(name, 1, tiny_llama, one) for name in ZERO]
+    processes = Ranks(2)  # of its own: what DeepSpeed sets, it sets for a process's life
+    try:
+        for found in processes.run(run_zero, ZERO, tiny_llama, many, seconds=200):
+            assert_same_runs(found, expected)
+    finally:
+        processes.stop()
 
 
 # --- resumed runs -------------------------------------------------------------------------------
