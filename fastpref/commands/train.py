@@ -300,6 +300,7 @@ def _keep_quiet() -> None:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # it logs the errors that it raises
     transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # has no kernel of the hub's: no need
     os.environ["TQDM_DISABLE"] = "1"  # TRL's bar over reference log-probabilities
     for library in ("transformers", "trl", "torch.utils.data"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
