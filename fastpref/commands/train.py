@@ -307,11 +307,13 @@ def _keep_quiet() -> None:
 
 
 def _make_trainer(settings: TrainSettings, dtype: str, eval_name: str, console: Console) -> Any:
+    from accelerate.state import AcceleratorState
     from datasets import load_from_disk
     from transformers.trainer_callback import PrinterCallback
 
     from fastpref.trl import PreferenceConfig
 
+    AcceleratorState._reset_state()  # of an earlier run in this process, in another dtype
     config = PreferenceConfig(
         output_dir=str(settings.output),
         objective=settings.objective,
