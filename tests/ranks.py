@@ -73,9 +73,9 @@ def _serve(rank, world, store, pipe):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
     while True:
-        function, arguments = pipe.recv()
-        _forget_accelerate()
         try:
+            function, arguments = pipe.recv()
+            _forget_accelerate()
             answer = function(rank, *arguments), None
         except BaseException:
             answer = None, traceback.format_exc()

@@ -24,7 +24,7 @@ from fastpref.commands.train import DATA_SETS, TrainSettings, load_policy, train
 from fastpref.planner import Exchange, Layout
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.append(str(ROOT / "bench"))  # last: names are there and here
 
 import scale  # noqa: E402
 

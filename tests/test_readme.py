@@ -13,7 +13,7 @@ from fastpref.commands.plan import trunk_tokens
 from fastpref.objectives import PUBLISHED_SETTINGS
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.append(str(ROOT / "bench"))  # last: names are there and here
 
 import families  # noqa: E402
 

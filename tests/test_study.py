@@ -13,7 +13,9 @@ from conftest import PAIRS
 import fastpref
 from fastpref.objectives import PairLogps
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+sys.path.append(
+    str(Path(__file__).parent.parent / "bench")
+)  # last: it has modules of names that are here too
 import study
 from trials import measures, properties
 from trials.arms import ARMS, MAIN

@@ -22,15 +22,16 @@ _CALLED = (
     ("trl.trainer.dpo_trainer:BaseTunerLayer", ""),
     ("trl.trainer.dpo_trainer:create_model_from_path", ""),
     ("trl.trainer.utils:create_model_from_path", "model_id"),
-    ("trl.trainer.utils:FusedCausalLMOutput", "log_probs"),
 )
 _OVERRIDDEN = (
     (f"{_TRAINER}._compute_loss", "self model inputs return_outputs"),
     (f"{_TRAINER}._precompute_ref_logps", "self dataset name batch_size"),
     (f"{_TRAINER}._prepare_dataset", "self dataset processing_class args dataset_name"),
+    (f"{_TRAINER}._save_checkpoint", "self model trial"),
     (f"{_TRAINER}._set_signature_columns_if_needed", "self"),
     (f"{_TRAINER}.compute_loss", "self model inputs return_outputs num_items_in_batch"),
     (f"{_TRAINER}.compute_ref_log_probs", "self model inputs"),
+    (f"{_TRAINER}.log", "self logs start_time"),
 )
 
 
