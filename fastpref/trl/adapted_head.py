@@ -103,8 +103,9 @@ def projection(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, HeadTensors]:
     layer = _layer_of(head)
     tokens = layer if isinstance(layer, TrainableTokensLayer) else None
     if not isinstance(layer, BaseTunerLayer):
-        weight, bias = (_unless_in_parts(x) for x in (head.weight, getattr(head, "bias", None)))
-        return hidden.to(weight.device), weight, {"bias": bias}
+        # A DTensor here is a tensor-parallel shard: each rank projects its part of the vocabulary.
+        weight = head.weight
+        return hidden.to(weight.device), weight, {"bias": getattr(head, "bias", None)}
     if layer.disable_adapters and layer.merged:
         layer.unmerge()
     base: Any = layer.get_base_layer()
@@ -188,12 +189,6 @@ def _check_variant(layer: Any, name: str) -> None:
 def whole(parameter: Any) -> Any:
     """All of a DTensor: within the head's own forward that is a tensor-parallel shard alone."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-
-def _unless_in_parts(parameter: Any) -> Any:
-    """Of a tensor-parallel head each rank projects its own part of the vocabulary."""
-    meshes = isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names
-    return parameter if meshes == ("tp",) else whole(parameter)
 
 
 def _layer_of(head: Any) -> Any:
