@@ -31,13 +31,13 @@ _NAMED, _TOKENS = 3, 16  # rows of a rank in a message, and tokens of one
 
 def finite_weights(model: torch.nn.Module) -> bool:
     """Whether all that trains of the model is finite; of a sharded one, this process's part."""
+    of_device: dict[torch.device, list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             local = getattr(parameter, "ds_tensor", parameter)  # of ZeRO-3
             local = local.to_local() if hasattr(local, "to_local") else local
-            if not local.detach().isfinite().all():
-                return False
-    return True
+            of_device.setdefault(local.device, []).append(local.detach().isfinite().all())
+    return all(bool(torch.stack(finite).all()) for finite in of_device.values())  # a wait each
 
 
 def nonfinite_rows(
