@@ -41,15 +41,15 @@ def spare_bytes(device: torch.device) -> int | None:
                 "the default logits_budget is not known yet, and memory cannot be looked at while "
                 "a CUDA graph is captured; run one step before, or pass logits_budget"
             )
-        free, ranks = _free_bytes(module, device), _ranks()
-        if ranks > 1:
+        free, processes = _free_bytes(module, device), ranks()
+        if processes > 1:
             free = _least_of_ranks(free, device)
         _spare[device] = share_of(free)
         logger.info(
             "%s: %.2f GiB are free%s; logits may take %.2f GiB of them (1/%d, at least %.2f GiB)",
             device,
             free / GIB,
-            f" on the fullest of {ranks} ranks" if ranks > 1 else "",
+            f" on the fullest of {processes} ranks" if processes > 1 else "",
             _spare[device] / GIB,
             SHARE,
             LEAST / GIB,
@@ -77,7 +77,8 @@ def _free_bytes(module: Any, device: torch.device) -> int:
     return free + module.memory_reserved(device) - module.memory_allocated(device)
 
 
-def _ranks() -> int:
+def ranks() -> int:
+    """How many processes there are, of which this is one."""
     distributed = torch.distributed
     initialised = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if initialised else 1

@@ -9,15 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from fastpref.memory import ranks
 from fastpref.objectives import ListLogps, Objective, PairLogps
 from fastpref.objectives.base import Composite
-
-
-def processes() -> int:
-    """How many there are, of which this is one."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 1
-    return distributed.get_world_size()
 
 
 def gathered(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
@@ -26,18 +20,18 @@ def gathered(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
     Between processes alone, where their group has a backend for the host; otherwise through
     `device`, whose work under way is waited for.
     """
-    if processes() == 1:
+    if ranks() == 1:
         return [list(numbers)]
     device = torch.device("cpu") if "cpu:" in distributed.get_backend_config() else device
     mine = torch.tensor(numbers, dtype=torch.int64, device=device)
-    everybody = [torch.empty_like(mine) for _ in range(processes())]
+    everybody = [torch.empty_like(mine) for _ in range(ranks())]
     distributed.all_gather(everybody, mine)
     return torch.stack(everybody).tolist()
 
 
 def gathered_texts(text: str) -> list[str]:
     """Every process's text, by rank: what went wrong with whom."""
-    everybody = [text] * processes()
+    everybody = [text] * ranks()
     if len(everybody) > 1:
         distributed.all_gather_object(everybody, text)
     return everybody

@@ -22,6 +22,7 @@ from trl.trainer.utils import create_model_from_path
 
 from fastpref.columns import OF_PAIRS, LossColumns, possible_columns
 from fastpref.loss import linear_logps, preference_loss
+from fastpref.memory import ranks
 from fastpref.objectives import Objective
 from fastpref.sequences import IGNORED, copied_to_host, on_device, shift_targets
 from fastpref.trl.config import (
@@ -44,7 +45,7 @@ from fastpref.trl.faults import (
 )
 from fastpref.trl.head import LossHeadOutput, add_loss_head, uncast
 from fastpref.trl.packing import Packing, prepare_packing, scored_places, sees_all_pairs
-from fastpref.trl.step import EvenBatches, OfStep, gathered, gathered_texts, processes
+from fastpref.trl.step import EvenBatches, OfStep, gathered, gathered_texts
 
 logger = logging.getLogger(__name__)
 
@@ -420,11 +421,11 @@ class PreferenceTrainer(DPOTrainer):
             failure = error
         masks = [batch["completion_mask"] for batch in batches]
         tokens = 0
-        if self.objective.uses_mean_length and len(masks) * processes() > 1:
+        if self.objective.uses_mean_length and len(masks) * ranks() > 1:
             tokens = int(sum(mask[: len(mask) // 2, 1:].sum() for mask in masks))
         mine = [num_batches, len(masks), sum(len(mask) // 2 for mask in masks), tokens]
-        ranks = gathered([failure is not None, *mine], device)
-        failed, wanted, found, pairs, lengths = zip(*ranks, strict=True)
+        everybody = gathered([failure is not None, *mine], device)
+        failed, wanted, found, pairs, lengths = zip(*everybody, strict=True)
         step = self.state.global_step + 1
         if any(failed):
             reason = "" if failure is None else f"{type(failure).__name__}: {failure}"
@@ -466,7 +467,7 @@ class PreferenceTrainer(DPOTrainer):
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if num_items_in_batch is None:
             return found
-        batches = self.current_gradient_accumulation_steps * processes()
+        batches = self.current_gradient_accumulation_steps * ranks()
         share = len(inputs["completion_mask"]) // 2 * batches / num_items_in_batch
         return (found[0] * share, found[1]) if return_outputs else found * share
 
@@ -617,7 +618,8 @@ class PreferenceTrainer(DPOTrainer):
         self.accelerator.wait_for_everyone()  # the state comes last: a checkpoint with it is whole
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not finite_weights(self.model):  # one process may well save alone: nobody is asked
+        # One process may well save alone: nobody is asked. A checkpoint's weights are looked at.
+        if not _internal_call and not finite_weights(self.model):
             place = output_dir or self.args.output_dir
             raise FloatingPointError(
                 f"weights of the model are not finite, so it is not saved to {place}"
@@ -633,7 +635,7 @@ class PreferenceTrainer(DPOTrainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         self._metrics["eval"].clear()  # predictions leave theirs behind, as nothing logs them
-        if processes() > 1 and not has_length(dataloader):
+        if ranks() > 1 and not has_length(dataloader):
             dataloader = EvenBatches(dataloader, self.args.device)
         found = super().evaluation_loop(dataloader, *args, **kwargs)
         if not (self.is_in_train or self.is_fsdp_enabled or self.is_deepspeed_enabled):
