@@ -7,6 +7,7 @@ completions; what is in them is random.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tempfile
@@ -108,16 +109,20 @@ def measure_workload(
     Bytes are beyond weights and data, of two steps on the largest batch in a fresh process:
     resident ones on a CPU, the allocator's on a GPU.
     """
+    # Peaks before this process has four trainers of its own.
+    peaks = {
+        way: run_in_fresh_process(__spec__.name, [way, ratio, tokens, model_directory, device])
+        for way in (STOCK, *WAYS)
+    }
     cycles = 1 if device == "cpu" else 5
     seconds, trunk_tokens = time_ways(lengths_at(ratio, tokens), model_directory, device, cycles)
+    gc.collect()  # trainers refer to themselves
     return [
         {
             "peer": way,
             "seconds": values,
             "ratio": spread_of_ratios(values, seconds[STOCK]),
-            "bytes": run_in_fresh_process(
-                __spec__.name, [way, ratio, tokens, model_directory, device]
-            ),
+            "bytes": peaks[way],
             "trunk_tokens": trunk_tokens[way],
         }
         for way, values in seconds.items()
