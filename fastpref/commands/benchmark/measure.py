@@ -174,20 +174,24 @@ def predicted_memory(workload: Workload, name: str, device: str) -> int | None:
     return found.get(_PLANNED.get(name, ""))
 
 
-def run_in_fresh_process(module: str, arguments: list[Any]) -> int:
-    """The number that `python -m module` prints last, for arguments and number of threads."""
+def run_in_fresh_process(module: str, arguments: list[Any], *, frees: bool = True) -> Any:
+    """What `python -m module` prints last, as JSON, for arguments and number of threads.
+
+    Args:
+        frees: what is freed goes back at once, so that a peak is of what was held together.
+    """
     run = subprocess.run(
         [sys.executable, "-m", module, json.dumps([*arguments, torch.get_num_threads()])],
         capture_output=True,
         text=True,
         check=False,
-        # glibc would keep freed tiles for later, or not, as sizes fall: what is freed goes back.
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},
+        # glibc would keep freed tiles for later, or not, as sizes fall.
+        env=os.environ | ({"MALLOC_MMAP_THRESHOLD_": "131072"} if frees else {}),
     )
     if run.returncode:
         said = run.stderr.strip().splitlines() or [f"ended by {run.returncode}"]
         raise RuntimeError(f"{module} {arguments}: {said[-1]}")
-    return int(run.stdout.split()[-1])
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def memory_growth(step: Callable[[], object], device: str, steps: int = MEMORY_STEPS) -> int:

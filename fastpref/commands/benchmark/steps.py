@@ -32,11 +32,21 @@ def make_step(kind: str, model_directory: str, lora: bool, device: str) -> Calla
 
 
 def make_trainer(
-    ours: bool, model_directory: str, device: str, *, pairs: int, lora: bool = False, **options: Any
+    ours: bool,
+    model_directory: str,
+    device: str,
+    *,
+    pairs: int,
+    lora: bool = False,
+    like: Any = None,
+    **options: Any,
 ) -> Any:
     """`PreferenceTrainer` or `DPOTrainer` with a live reference; options are its configuration's.
 
     Without LoRA the reference is a frozen copy of the policy.
+
+    Args:
+        like: a trainer whose models and optimizer it is to have, that are in memory once then.
     """
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,12 +72,18 @@ def make_trainer(
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    if like is None:
+        policy = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+        models = {"model": policy}
+    else:
+        models = {"model": like.model, "ref_model": like.ref_model}
     return trainer_class(
-        AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32),
+        **models,
         args=config,
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
         processing_class=AutoTokenizer.from_pretrained(model_directory),
         peft_config=peft_config,
+        optimizers=(None if like is None else like.optimizer, None),
     )
 
 
@@ -77,7 +93,8 @@ def optimizing(
     """A function that trains on a batch: `run`, by default the trainer's own step, and AdamW."""
     trainer.current_gradient_accumulation_steps = 1  # what `train` sets before its first step
     model = trainer.model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = trainer.optimizer = trainer.optimizer or torch.optim.AdamW(trained, lr=1e-6)
     run = run or partial(trainer.training_step, model)
 
     def step(batch: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ completions; what is in them is random.
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 import tempfile
@@ -79,18 +78,21 @@ def tokens_of(batch: dict[str, Any]) -> int:
     return len(batch["packing"].tokens) if "packing" in batch else batch["input_ids"].numel()
 
 
-def trainer_of(way: str, model_directory: str, device: str) -> Any:
-    return make_trainer(way != STOCK, model_directory, device, pairs=PAIRS, **WAYS.get(way, {}))
+def trainer_of(way: str, model_directory: str, device: str, like: Any = None) -> Any:
+    options = {"pairs": PAIRS, "like": like} | WAYS.get(way, {})
+    return make_trainer(way != STOCK, model_directory, device, **options)
 
 
 def time_ways(
-    lengths: list[tuple[int, int, int]], model_directory: str, device: str, cycles: int
+    ratio: float, tokens: float | None, model_directory: str, device: str
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of each way's steps, all ways one after the other on each batch, and trunk tokens."""
-    ways = {}
+    lengths, cycles = lengths_at(ratio, tokens), 1 if device == "cpu" else 5
+    ways, like = {}, None
     for way in (STOCK, *WAYS):
-        trainer = trainer_of(way, model_directory, device)
+        trainer = trainer_of(way, model_directory, device, like)
         ways[way] = optimizing(trainer), make_batches(trainer, lengths)
+        like = None if way == STOCK else trainer
     for step, batches in ways.values():
         step(min(batches, key=tokens_of))  # warms up
     watch = Stopwatch(device)
@@ -109,20 +111,18 @@ def measure_workload(
     Bytes are beyond weights and data, of two steps on the largest batch in a fresh process:
     resident ones on a CPU, the allocator's on a GPU.
     """
-    # Peaks before this process has four trainers of its own.
-    peaks = {
-        way: run_in_fresh_process(__spec__.name, [way, ratio, tokens, model_directory, device])
-        for way in (STOCK, *WAYS)
-    }
-    cycles = 1 if device == "cpu" else 5
-    seconds, trunk_tokens = time_ways(lengths_at(ratio, tokens), model_directory, device, cycles)
-    gc.collect()  # trainers refer to themselves
+    given = ratio, tokens, model_directory, device
+
+    def of(task: str, *arguments: Any, **how: bool) -> Any:
+        return run_in_fresh_process(__spec__.name, [task, *arguments, *given], **how)
+
+    seconds, trunk_tokens = of("time_ways", frees=False)
     return [
         {
             "peer": way,
             "seconds": values,
             "ratio": spread_of_ratios(values, seconds[STOCK]),
-            "bytes": peaks[way],
+            "bytes": of("peak_of", way),
             "trunk_tokens": trunk_tokens[way],
         }
         for way, values in seconds.items()
@@ -196,6 +196,6 @@ def _checkpoint(model_directory: str | None) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    *arguments, threads = json.loads(sys.argv[1])
+    task, *arguments, threads = json.loads(sys.argv[1])
     torch.set_num_threads(threads)
-    print(peak_of(*arguments))
+    print(json.dumps({"peak_of": peak_of, "time_ways": time_ways}[task](*arguments)))
