@@ -17,7 +17,7 @@ demo: .venv/installed
 	$(BIN)/python -m fastpref.commands.demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Their wheels alone: what those import besides is left out or already here.
 .frameworks: constraints.txt

@@ -1,6 +1,5 @@
 """Fixtures: a tiny Llama with a tokenizer made here, and pairs with scores."""
 
-import concurrent.futures
 import json
 import os
 import subprocess
@@ -18,8 +17,7 @@ from ranks import Ranks
 pytest.register_assert_rewrite("trl_runs")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-torch.set_num_threads(1 if INTERPRETED else 2)  # interpreted tests run beside the others
-RUNS, QUEUE, RUNNING = (pytest.StashKey() for _ in range(3))
+torch.set_num_threads(1)  # tensors are small, and tests run beside each other
 
 WORDS = "the a sun moon sea ship sails over under big small red blue cold warm and is was why how"
 PAIRS = [
@@ -123,44 +121,30 @@ def pytest_configure(config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """GPU tests run where there is a GPU, or fail loudly where `-m gpu` asks for them.
-
-    Triton decides at import whether it interprets, so files about the interpreter run themselves in
-    a process of their own: beside the other tests, and their results are asked for last.
-    """
+    """GPU tests run where there is a GPU, or fail loudly where `-m gpu` asks for them."""
     has_gpu = torch.accelerator.is_available() or "gpu" in (config.option.markexpr or "")
     for item in items:
         if "gpu" in item.keywords and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="no GPU"))
-    own = [item for item in items if "interpreted_run" in getattr(item, "fixturenames", ())]
-    if INTERPRETED or config.option.collectonly or not own:
-        return
-    items[:] = [*(item for item in items if item not in own), *own]
-    queue = concurrent.futures.ThreadPoolExecutor(max_workers=1)
-    config.stash[QUEUE] = queue
-    config.stash[RUNS] = {
-        item.path: queue.submit(run_interpreted, item.path, config) for item in own
-    }
-
-
-def run_interpreted(path, config):
-    """Exit status and output of a file's tests, interpreted."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)]
-    if config.option.fuzz:
-        command += ["--fuzz", str(max(1, config.option.fuzz // 10))]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        config.stash[RUNNING] = process
-        output, _ = process.communicate()
-    return process.returncode, output
 
 
 @pytest.fixture
 def interpreted_run(request):
-    """Waits for this file's other process: a function that gives its exit status and output."""
-    return request.config.stash[RUNS][request.path].result
+    """Runs the tests of this file, interpreted: a function that gives exit status and output.
+
+    Triton decides at import whether it interprets, so they have a process of their own.
+    """
+
+    def run():
+        options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        command = [sys.executable, "-m", "pytest", *options, str(request.path)]
+        if request.config.option.fuzz:
+            command += ["--fuzz", str(max(1, request.config.option.fuzz // 10))]
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        return run.returncode, run.stdout + run.stderr
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -181,11 +165,3 @@ def four_ranks():
 @pytest.fixture(params=["two_ranks", "four_ranks"])
 def ranks(request):
     return request.getfixturevalue(request.param)
-
-
-def pytest_unconfigure(config):
-    queue = config.stash.get(QUEUE, None)
-    if queue is not None:
-        queue.shutdown(wait=False, cancel_futures=True)
-        if RUNNING in config.stash:
-            config.stash[RUNNING].kill()
