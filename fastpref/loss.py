@@ -21,6 +21,7 @@ from fastpref.objectives import Objective
 from fastpref.output import PreferenceOutput
 from fastpref.planner import check_schedule
 from fastpref.scheduled import Scheduled
+from fastpref.sequence_parts import SequenceParts, sharing_sequences
 from fastpref.sharded_head import LocalHead
 from fastpref.validation import (
     check_capturable,
@@ -84,6 +85,7 @@ def preference_loss(
     frozen_weight: Tensor | None = None,  # (V, F)
     frozen_scale: Tensor | None = None,  # (V,)
     vocab_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     reduction: str = "mean",
     backend: str = "auto",
     schedule: str = "auto",
@@ -194,40 +196,53 @@ def preference_loss(
         frozen_scale=frozen_scale,
     )
     stats = _names(stats)
-    local = LocalHead.of(hidden, weight, head, vocab_group, weight_grad)
-    hidden, weight, head, weight_grad, _ = local
     how = _How(
         backend=backend, schedule=schedule, logits_budget=logits_budget, capturable=capturable
     )
-    with local.agreeing(
-        targets, **how, stats=stats, reduction=reduction, responses=responses
-    ) as shards:
-        check_head(hidden, weight, targets, **head, stats=stats, known_stats=_AVERAGED)
-        prompts = check_sequences(
-            hidden,
-            targets,
-            cu_seqlens,
-            token_weights,
-            responses=responses,
-            divides=weighted_lengths,
+    with sharing_sequences(sequence_group, hidden, capturable) as sequences:
+        local = LocalHead.of(hidden, weight, head, vocab_group, weight_grad)
+        hidden, weight, head, weight_grad, _ = local
+        settings = {**how, "stats": stats, "reduction": reduction, "responses": responses}
+        with local.agreeing(targets, **settings) as shards:
+            check_head(hidden, weight, targets, **head, stats=stats, known_stats=_AVERAGED)
+            prompts = check_sequences(
+                hidden,
+                targets,
+                cu_seqlens,
+                token_weights,
+                responses=responses,
+                divides=weighted_lengths,
+                in_parts=sequences.parts is not None,
+            )
+            if capturable:
+                check_capturable(hidden, targets, cu_seqlens, token_weights)
+            check_weight_grad(weight, weight_grad, weight_grad_scale, reduction)
+            objective = check_objective(
+                objective,
+                prompts,
+                responses,
+                hidden.device,
+                ref_logps=ref_logps,
+                scores=scores,
+                pair_weights=pair_weights,
+                betas=betas,
+                extras=extras,
+                reduction=reduction,
+            )
+            computing = _computing(
+                hidden, shards, sequences.parts, weight_grad, weight_grad_scale, **how
+            )
+        check_vocabulary(weight, targets, len(weight) if shards is None else shards.vocabulary)
+        sequences.notes.alike = (
+            local.alike()
+            | settings
+            | {
+                "number of prompts": prompts,
+                "objective": type(objective).__name__,
+                "rows of weight": len(weight),
+                "weighted_lengths": weighted_lengths,
+            }
         )
-        if capturable:
-            check_capturable(hidden, targets, cu_seqlens, token_weights)
-        check_weight_grad(weight, weight_grad, weight_grad_scale, reduction)
-        objective = check_objective(
-            objective,
-            prompts,
-            responses,
-            hidden.device,
-            ref_logps=ref_logps,
-            scores=scores,
-            pair_weights=pair_weights,
-            betas=betas,
-            extras=extras,
-            reduction=reduction,
-        )
-        computing = _computing(hidden, shards, weight_grad, weight_grad_scale, **how)
-    check_vocabulary(weight, targets, len(weight) if shards is None else shards.vocabulary)
     return computing.preference_loss(
         hidden,
         weight,
@@ -263,6 +278,7 @@ def sequence_logps(
     frozen_weight: Tensor | None = None,  # (V, F)
     frozen_scale: Tensor | None = None,  # (V,)
     vocab_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     backend: str = "auto",
     schedule: str = "auto",
     logits_budget: int | None = None,
@@ -292,18 +308,28 @@ def sequence_logps(
         frozen_weight=frozen_weight,
         frozen_scale=frozen_scale,
     )
-    local = LocalHead.of(hidden, weight, head, vocab_group)
-    hidden, weight, head, *_ = local
     how = _How(
         backend=backend, schedule=schedule, logits_budget=logits_budget, capturable=capturable
     )
-    with local.agreeing(targets, **how) as shards:
-        check_head(hidden, weight, targets, **head)
-        check_sequences(hidden, targets, cu_seqlens, token_weights)
-        if capturable:
-            check_capturable(hidden, targets, cu_seqlens, token_weights)
-        computing = _computing(hidden, shards, **how)
-    check_vocabulary(weight, targets, len(weight) if shards is None else shards.vocabulary)
+    with sharing_sequences(sequence_group, hidden, capturable) as sequences:
+        local = LocalHead.of(hidden, weight, head, vocab_group)
+        hidden, weight, head, *_ = local
+        with local.agreeing(targets, **how) as shards:
+            check_head(hidden, weight, targets, **head)
+            in_parts = sequences.parts is not None
+            count = check_sequences(hidden, targets, cu_seqlens, token_weights, in_parts=in_parts)
+            if capturable:
+                check_capturable(hidden, targets, cu_seqlens, token_weights)
+            computing = _computing(hidden, shards, sequences.parts, **how)
+        check_vocabulary(weight, targets, len(weight) if shards is None else shards.vocabulary)
+        sequences.notes.alike = (
+            local.alike()
+            | how
+            | {
+                "number of sequences": count,
+                "rows of weight": len(weight),
+            }
+        )
     return computing.sequence_logps(
         hidden, weight, targets, cu_seqlens=cu_seqlens, token_weights=token_weights, **head
     )
@@ -396,7 +422,7 @@ def linear_logps(
         check_head(hidden, weight, targets, **head, stats=stats, known_stats=TOKEN_STATS)
         if capturable:
             check_capturable(hidden, targets.flatten()[None], None, None)
-        computing = _computing(hidden, shards, **how)
+        computing = _computing(hidden, shards, None, **how)
     check_vocabulary(weight, targets, len(weight) if shards is None else shards.vocabulary)
     found = computing.token_statistics(
         hidden.flatten(0, -2), weight, targets.flatten(), stats=stats, **head
@@ -409,6 +435,7 @@ def linear_logps(
 def _computing(
     hidden: Tensor,
     shards: Shards | None,
+    parts: SequenceParts | None,
     weight_grad: Tensor | None = None,
     weight_grad_scale: float = 1.0,
     *,
@@ -432,11 +459,15 @@ def _computing(
                 "backend='reference' takes all of the head on one rank: gather it, full_tensor() "
                 "of a DTensor, or use another backend"
             )
+        if parts is not None:
+            raise ValueError(
+                "backend='reference' takes whole sequences: gather them, or use another backend"
+            )
         return reference
     if shards is not None:
         chosen = VocabularyShards(chosen)
     into = weight_grad, weight_grad_scale
-    return Scheduled(chosen, schedule, logits_budget, capturable, *into, shards)
+    return Scheduled(chosen, schedule, logits_budget, capturable, *into, shards, parts)
 
 
 def _names(stats: Sequence[str]) -> tuple[str, ...]:

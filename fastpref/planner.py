@@ -50,8 +50,7 @@ class Plan:
     Args:
         schedule: "forward", "frozen_head", "pair_groups" or "recompute".
         reason: why this schedule, one sentence.
-        groups: ranges of prompts whose logits are held together; with "frozen_head" ranges of rows
-            that go along the vocabulary together.
+        groups: ranges of prompts whose logits are held together, with "pair_groups".
         group_rows: the most whole rows of logits held at once.
         tile: rows × vocabulary columns of a tile.
         flop: floating-point operations of all matrix products, forward and backward.
@@ -206,7 +205,6 @@ def make_plan(
     tile = _tile(problem, tile_budget, problem.rows)
     if chosen == "frozen_head":
         tile = _tile(problem, tile_budget, _FROZEN_ROWS)
-        groups = even_ranges(problem.rows, tile[0])
     elif chosen == "recompute":
         tile = _tile_of_least_traffic(problem, tile[0] * tile[1])
     elif chosen == "pair_groups":
@@ -573,7 +571,7 @@ class Layout:
         Of a vocabulary in parts, a row's log-sum-exp and its target's logit, in the dtype of
         log-probabilities, and the gradient of its hidden state, a sum over ranks in that dtype;
         of a head in shards, all of it, once, and once its gradient in its own dtype; of sequences
-        in parts, their log-probabilities and lengths.
+        in parts, their log-probabilities in float64.
 
         Args:
             stats: statistics of a row that are asked for besides; "is_top1" is two.
@@ -594,6 +592,6 @@ class Layout:
                     Exchange("gradient of hidden states", "all_reduce", self.tp, of_hidden)
                 )
         if self.cp > 1:
-            of_sequences = 2 * len(problem.counts) * wide
+            of_sequences = 8 * len(problem.counts)
             found.append(Exchange("sums of sequences", "all_reduce", self.cp, of_sequences))
         return found

@@ -28,12 +28,13 @@ from fastpref.objectives import Objective, own_parameters, step_metrics
 from fastpref.output import PreferenceOutput
 from fastpref.planner import Plan, Problem, make_plan
 from fastpref.schedules import PairGroups, PairLosses, Prompts, TokenLogps, total_of
+from fastpref.sequence_parts import SequenceParts
 from fastpref.sequences import IGNORED, Rows, on_device
 
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A backend, how the caller wants it done, and on which ranks the head lies, if on several."""
+    """A backend, how the caller wants it done, and which ranks share the head or the sequences."""
 
     backend: Backend
     schedule: str
@@ -42,6 +43,7 @@ class Scheduled:
     weight_grad: Tensor | None
     weight_grad_scale: float
     shards: Shards | None = None
+    parts: SequenceParts | None = None
 
     def preference_loss(
         self,
@@ -68,7 +70,7 @@ class Scheduled:
         rows = self._rows(hidden, targets, cu_seqlens, token_weights, responses)
         flat = hidden.flatten(0, -2)
         plan = make_plan(
-            _problem(flat, head, rows.counts, responses, self.backend),
+            _problem(flat, head, rows.most, responses, self.backend),
             schedule=self.schedule,
             budget=self.logits_budget,
             spare=functools.partial(spare_bytes, hidden.device),
@@ -119,7 +121,7 @@ class Scheduled:
             alignments = _by_response(alignments, responses)
             seen, _ = prompts.lists(logps.view(responses, -1), alignments)
             metrics = step_metrics(objective, seen)
-        metrics |= _token_metrics(rows, dict(zip(stats, extra, strict=False)))
+        metrics |= _token_metrics(rows, dict(zip(stats, extra, strict=False)), losses.dtype)
         return PreferenceOutput(loss, losses.detach(), logps, rows.lengths, metrics, plan)
 
     def _of_rows(
@@ -190,7 +192,8 @@ class Scheduled:
     ) -> Rows:
         if self.capturable:
             return Rows.of_all(targets, token_weights, responses)
-        return Rows.of(targets, cu_seqlens, token_weights, hidden.device, responses)
+        given = targets, cu_seqlens, token_weights
+        return Rows.of(*given, hidden.device, responses, self.parts)
 
     def _head(self, hidden: Tensor, weight: Tensor, scalars: HeadOptions) -> Head:
         frozen = scalars["frozen_weight"]
@@ -243,7 +246,7 @@ def _by_response(per_sequence: Tensor | None, responses: int) -> Tensor | None:
     return None if per_sequence is None else per_sequence.view(responses, -1)
 
 
-def _token_metrics(rows: Rows, stats: dict[str, Tensor]) -> dict[str, Tensor]:
+def _token_metrics(rows: Rows, stats: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Means over scored tokens: of all, of the first response's and of the last one's."""
     if not stats:
         return {}
@@ -251,16 +254,20 @@ def _token_metrics(rows: Rows, stats: dict[str, Tensor]) -> dict[str, Tensor]:
     response = rows.repeat(torch.arange(len(rows.counts), device=rows.index.device) % k)
     if rows.scored is not None:
         response = torch.where(rows.scored, response, -1)
-
-    def mean(name: str, of: Tensor) -> Tensor:  # 0 of nothing
-        return torch.where(of, stats[name].detach(), 0).sum() / of.sum().clamp(min=1)
-
-    metrics = {}
-    if "entropy" in stats:
-        metrics["entropy"] = mean("entropy", response >= 0)
-    if "is_top1" in stats:
-        metrics["mean_token_accuracy"] = mean("is_top1", response == 0)
-    if "mean_logits" in stats:
-        metrics["logits/chosen"] = mean("mean_logits", response == 0)
-        metrics["logits/rejected"] = mean("mean_logits", response == k - 1)
-    return metrics
+    every, chosen, rejected = response >= 0, response == 0, response == k - 1
+    wanted = {
+        "entropy": ("entropy", every),
+        "mean_token_accuracy": ("is_top1", chosen),
+        "logits/chosen": ("mean_logits", chosen),
+        "logits/rejected": ("mean_logits", rejected),
+    }
+    wanted = {metric: found for metric, found in wanted.items() if found[0] in stats}
+    sums = [
+        torch.where(of, stats[name].detach(), 0).sum(dtype=dtype) for name, of in wanted.values()
+    ]
+    totals = torch.stack([*sums, *(of.sum(dtype=dtype) for _, of in wanted.values())])
+    if rows.parts is not None:
+        totals = rows.parts.sum(totals)
+    sums_of_all, counts = totals.chunk(2)
+    means = sums_of_all / counts.clamp(min=1)  # 0 of nothing
+    return dict(zip(wanted, means.unbind(), strict=True))

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastpref.sequence_parts import SequenceParts
+
 IGNORED = -100
 # Devices that copy from and to page-locked memory while the host goes on.
 PINNED_FOR = ("cuda", "xpu")
@@ -28,9 +30,12 @@ class Rows:
     offsets: Tensor  # (S + 1,) where each sequence starts among the N rows
     lengths: Tensor  # (S,) scored tokens of each sequence, in the caller's order
     counts: list[int]  # (S,) rows of each sequence, prompt after prompt
+    whole: list[int]  # (S,) the same with those of other ranks
+    most: list[int]  # (S,) the most that one rank has
     responses: int  # K; 1 where sequences stand alone
     scored: Tensor | None = None  # (N,) bool; None where all rows are
     places: Tensor | None = None  # (N,) positions that get their gradients; None for `index`
+    parts: SequenceParts | None = None  # ranks that have other rows of the same sequences
 
     @classmethod
     def of(
@@ -40,6 +45,7 @@ class Rows:
         token_weights: Tensor | None,  # as targets
         device: torch.device,  # of the hidden states
         responses: int = 1,
+        parts: SequenceParts | None = None,
     ) -> Rows:
         """The scored rows alone: prompt, padding and ignored positions are left out.
 
@@ -64,7 +70,10 @@ class Rows:
             index = index[by_prompt]
         lengths = torch.bincount(order_of, minlength=sequences)
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        by_response = lengths.view(-1, responses).T.flatten()
+        counts = whole = most = lengths.tolist()
+        if parts is not None:
+            whole, most = parts.counts(counts, device)
+        by_response = torch.tensor(whole, device="cpu").view(-1, responses).T.flatten()
         wanted = flat[index].to(torch.int64)
         host = torch.cat([index, wanted, offsets, by_response])  # one copy to the device
         sizes = [len(index), len(index), len(offsets), sequences]
@@ -78,8 +87,11 @@ class Rows:
             weights=weights,
             offsets=offsets,
             lengths=by_response,
-            counts=lengths.tolist(),
+            counts=counts,
+            whole=whole,
+            most=most,
             responses=responses,
+            parts=parts,
         )
 
     @classmethod
@@ -100,6 +112,7 @@ class Rows:
             return values.view(responses, -1, length).transpose(0, 1).flatten()
 
         scored = targets != IGNORED
+        counts = [length] * sequences
         places = torch.arange(targets.numel(), device=targets.device).view(targets.shape)
         index = by_prompt(torch.where(scored, places, first_scored(scored) + places[:, :1]))
         weights = scored.to(torch.float32)
@@ -111,7 +124,9 @@ class Rows:
             weights=by_prompt(weights),
             offsets=torch.arange(sequences + 1, device=targets.device) * length,
             lengths=scored.sum(1),
-            counts=[length] * sequences,
+            counts=counts,
+            whole=counts,
+            most=counts,
             responses=responses,
             scored=by_prompt(scored),
             places=by_prompt(places),
@@ -126,7 +141,8 @@ class Rows:
     ) -> Tensor:
         """Sums over sequences `first:last` of their scored rows' values, times the token weights.
 
-        Added up in float64 where the device has it, one fixed order a sequence.
+        Added up in float64 where the device has it, one fixed order a sequence; with the rows that
+        other ranks have of it.
         """
         offsets = self.offsets[first : None if last is None else last + 1]
         weights = self.weights if weighted else self.scored
@@ -135,6 +151,8 @@ class Rows:
             values = values * weights[start : start + len(values)].to(values.dtype)
         wide = values if values.device.type == "mps" else values.double()
         sums = torch.segment_reduce(wide, "sum", offsets=offsets - offsets[0], initial=0)
+        if self.parts is not None:
+            sums = self.parts.sum(sums)
         return sums.to(values.dtype)
 
     def repeat(self, per_sequence: Tensor, first: int = 0) -> Tensor:

@@ -1,20 +1,19 @@
 """A head that lies on several ranks: what of it is here, and whether all ranks were given the same.
 
 DTensors become the tensors they hold here, in autograd's sight, so that their gradients come back
-as DTensors. Ranks that would differ, or of which one has refused its arguments, would wait for one
-another for ever; so all compare notes before anything is computed, and all raise.
+as DTensors.
 """
 
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
+from fastpref.agreement import agreeing, check_group, of_several, refuse_capturable
 from fastpref.backends import HeadOptions
 from fastpref.backends.vocabulary_shards import Shards
 
@@ -69,82 +68,48 @@ class LocalHead(NamedTuple):
             for name, x in beside.items():
                 if _is_dtensor(x):
                     raise ValueError(f"{name} is a DTensor and weight is not: lay them out alike")
-            _check_group(group)
-        if group is not None and distributed.get_world_size(group) == 1:
-            group = None
+            check_group("vocab_group", group, "the head")
         weight_grad = beside.pop("weight_grad")
         options = cast(HeadOptions, {**options, **beside})
-        return cls(hidden, weight, options, weight_grad, group)
+        return cls(hidden, weight, options, weight_grad, of_several(group))
 
     @contextlib.contextmanager
     def agreeing(self, targets: Tensor, **settings: object) -> Iterator[Shards | None]:
         """In it a rank may refuse its arguments; after it, all ranks have the same, or raise.
 
-        The shards' sizes are known after it; None without a group. Of what every rank must be given
-        alike 24 bytes are compared.
-
-        Raises:
-            RuntimeError: another rank has refused what it was given.
-            ValueError: an argument differs between ranks.
+        The shards' sizes are known after it; None without a group. Raises as `agreement.agreeing`.
         """
         if self.group is None:
             yield None
             return
-        shards, refusal, alike = Shards(self.group), None, {}
-        try:
-            if settings.get("capturable"):
-                raise ValueError(
-                    "capturable=True reads nothing on the host, where ranks with parts of one "
-                    "vocabulary compare their arguments"
-                )
+        shards = Shards(self.group)
+        with agreeing(self.group, "a head", self.hidden) as notes:
+            refuse_capturable(settings.get("capturable"), "a vocabulary")
             yield shards
-            alike = self._alike(targets) | settings
-        except Exception as found:
-            refusal = found
-        digest = zlib.crc32(repr(alike).encode())
-        size = len(self.weight) if refusal is None else 0
-        # On the host, where the group reaches it: there nobody waits for the accelerator.
-        on_host = "cpu:" in str(distributed.get_backend_config(self.group))
-        device = "cpu" if on_host else self.hidden.device
-        notes = torch.tensor([refusal is not None, digest, size], device=device)
-        every = notes.new_empty(distributed.get_world_size(self.group), len(notes))
-        distributed.all_gather([*every], notes, group=self.group)
-        refused, digests, sizes = every.T.tolist()
-        if any(refused) or len({*digests}) > 1:
-            self._raise(refusal, alike)
-        shards.sizes = tuple(sizes)
+            notes.alike = self.alike() | self._same_rows(targets) | settings
+            notes.number = len(self.weight)
+        shards.sizes = notes.numbers
 
-    def _alike(self, targets: Tensor) -> dict[str, object]:
-        """What must not differ between ranks, but for the settings."""
+    def alike(self) -> dict[str, object]:
+        """What must not differ between ranks that have parts of the same, whatever it is."""
 
         def of(x: Tensor) -> tuple[object, ...]:
             return x.dtype, *x.shape[1:], x.requires_grad
 
-        places = torch.arange(1, 1 + targets.numel(), device=targets.device)
         return {
-            "hidden": (self.hidden.shape, of(self.hidden)),
+            "hidden's dtype, columns and requires_grad": of(self.hidden.flatten(0, -2)),
             "weight's dtype, columns and requires_grad": of(self.weight),
             **{name: of(x) if isinstance(x, Tensor) else x for name, x in self.options.items()},
             "weight_grad": None if self.weight_grad is None else of(self.weight_grad),
-            "targets": (targets.shape, (targets.flatten() * places).sum().item()),
             "torch.is_grad_enabled()": torch.is_grad_enabled(),
         }
 
-    def _raise(self, refusal: Exception | None, alike: dict[str, object]) -> None:
-        """What went wrong, on every rank."""
-        ranks = distributed.get_world_size(self.group)
-        everyone: list[Any] = [None] * ranks
-        why = None if refusal is None else f"{type(refusal).__name__}: {refusal}"
-        distributed.all_gather_object(everyone, (why, alike), group=self.group)
-        if refusal is not None:
-            raise refusal
-        for rank, (why, _) in enumerate(everyone):
-            if why is not None:
-                raise RuntimeError(f"rank {rank} of the head's group has refused: {why}")
-        for name in alike:
-            values = [found.get(name) for _, found in everyone]
-            if any(value != values[0] for value in values):
-                raise ValueError(f"the ranks of a head must be given the same {name}, got {values}")
+    def _same_rows(self, targets: Tensor) -> dict[str, object]:
+        places = torch.arange(1, 1 + targets.numel(), device=targets.device)
+        return {
+            "hidden": self.hidden.shape,
+            "targets": (targets.shape, (targets.flatten() * places).sum().item()),
+        }
 
 
 def _is_dtensor(x: object) -> bool:
@@ -180,16 +145,3 @@ def _local(name: str, x: Any, weight: Any) -> Any:
             f"got {'a plain tensor' if found is None else f'{found[1]} on {found[0]}'}"
         )
     return x.to_local()
-
-
-def _check_group(group: Any) -> None:
-    if group is None:
-        return
-    is_group = distributed.is_available() and isinstance(group, distributed.ProcessGroup)
-    if not is_group:
-        raise TypeError(
-            "vocab_group must be a torch.distributed ProcessGroup that this rank is in (new_group "
-            f"gives others no group), got {group!r}"
-        )
-    if distributed.get_rank(group) < 0:
-        raise ValueError("this rank is not in vocab_group, whose ranks have the head")

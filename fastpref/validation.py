@@ -125,12 +125,14 @@ def check_sequences(
     *,
     responses: int | None = None,
     divides: bool = False,
+    in_parts: bool = False,
 ) -> int:
     """The number of prompts, or of sequences, from `(K·B, T, H)` or from `cu_seqlens`.
 
     Args:
         responses: K; None where sequences stand alone.
         divides: averages divide by the token weights.
+        in_parts: other ranks have the rest of the sequences, of which some may have nothing here.
     """
     if responses is not None:
         _RESPONSES.check("responses", responses)
@@ -156,7 +158,11 @@ def check_sequences(
         total = len(hidden)
         ends = cu_seqlens[-1] == total
         require(ends, f"cu_seqlens must end at the total of {total} rows of hidden", cu_seqlens)
-        require((cu_seqlens.diff() > 0).all(), "cu_seqlens must increase", cu_seqlens)
+        steps = cu_seqlens.diff()
+        if in_parts:
+            require((steps >= 0).all(), "cu_seqlens must not decrease", cu_seqlens)
+        else:
+            require((steps > 0).all(), "cu_seqlens must increase", cu_seqlens)
         sequences = len(cu_seqlens) - 1
     if responses is not None and (sequences == 0 or sequences % responses):
         raise ValueError(

@@ -88,3 +88,21 @@ def _forget_accelerate():
 
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
+
+
+class Sent:
+    """Bytes a rank gives to collectives, by their name."""
+
+    def __init__(self, monkeypatch):
+        self.bytes = {"all_gather": 0, "all_reduce": 0}
+        for name, position in (("all_gather", 1), ("all_reduce", 0)):
+            monkeypatch.setattr(distributed, name, self.counting(name, position))
+
+    def counting(self, name, position):
+        stock = getattr(distributed, name)
+
+        def counted(*args, **kwargs):
+            self.bytes[name] += args[position].nbytes
+            return stock(*args, **kwargs)
+
+        return counted

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from ranks import Sent
 from torch import distributed
 from torch.distributed import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -14,6 +15,7 @@ import fastpref
 from fastpref import DPO, WPO, AdaDPO, Balance, SimPO, UniDPO
 from fastpref.backends import TOKEN_STATS
 from fastpref.objectives import AOT
+from fastpref.planner import Layout, Problem
 
 V, H, PAIRS, LENGTH = 37, 6, 3, 5
 # Parts by number of ranks: uneven, of one token, none at the end, and by default what chunks are.
@@ -285,24 +287,6 @@ def test_masked_parts_equal_maxima_and_nan(two_ranks):
 # --- what is sent -------------------------------------------------------------------------------
 
 
-class Sent:
-    """Bytes a rank gives to collectives, by their name."""
-
-    def __init__(self, monkeypatch):
-        self.bytes = {"all_gather": 0, "all_reduce": 0}
-        for name, position in (("all_gather", 1), ("all_reduce", 0)):
-            monkeypatch.setattr(distributed, name, self.counting(name, position))
-
-    def counting(self, name, position):
-        stock = getattr(distributed, name)
-
-        def counted(*args, **kwargs):
-            self.bytes[name] += args[position].nbytes
-            return stock(*args, **kwargs)
-
-        return counted
-
-
 def volume(rank, vocabulary, hidden_size):
     sizes = [vocabulary // 2, vocabulary - vocabulary // 2]
     draw = torch.Generator().manual_seed(0)
@@ -327,6 +311,7 @@ def volume(rank, vocabulary, hidden_size):
 
 
 def test_the_bytes_a_row_are_those_that_are_documented(two_ranks):
+    """And those of the planner, beside the 24 that ranks compare."""
     rows = 4 * 7
     for vocabulary, hidden_size in ((50, 8), (500, 8), (50, 16)):
         for found in two_ranks.run(volume, vocabulary, hidden_size):
@@ -335,6 +320,14 @@ def test_the_bytes_a_row_are_those_that_are_documented(two_ranks):
                 assert sent["all_gather"] == 24 + rows * of_row
                 wanted = rows * 4 * hidden_size * (schedule != "auto")
                 assert sent["all_reduce"] == wanted, schedule
+                fp32, wants = torch.float32, schedule != "auto"
+                problem = Problem(
+                    (7,) * 4, hidden_size, vocabulary, fp32, fp32, "cpu", rows, wants, wants
+                )
+                asked = len(stats) + ("is_top1" in stats)
+                planned = {e.operation: e.bytes for e in Layout(tp=2).exchanges(problem, asked)}
+                assert planned["all_gather"] == 2 * (sent["all_gather"] - 24)  # of both ranks
+                assert planned.get("all_reduce", 0) == sent["all_reduce"]
 
 
 # --- DTensors -----------------------------------------------------------------------------------
@@ -479,11 +472,11 @@ def refused(rank, case):
 
 REFUSALS = {
     "columns": ("RuntimeError: rank 1 .* ValueError: hidden has H = 6", "ValueError: hidden has"),
-    "dtype": "ValueError: the ranks of a head .* same weight's dtype.*float32.*bfloat16",
-    "requires_grad": "ValueError: the ranks of a head .* same weight's dtype.*True.*False",
-    "targets": "ValueError: the ranks of a head must be given the same targets",
+    "dtype": "ValueError: the ranks that share a head .* same weight's dtype.*float32.*bfloat16",
+    "requires_grad": "ValueError: the ranks that share a head .* same weight's dtype.*True.*False",
+    "targets": "ValueError: the ranks that share a head must be given the same targets",
     "range": r"ValueError: targets must be -100 or lie in \[0, 37\); got 37 at \(0, 0\)",
-    "bias on one": "ValueError: the ranks of a head must be given the same bias",
+    "bias on one": "ValueError: the ranks that share a head must be given the same bias",
     "schedule": "ValueError: .* same schedule, got .'recompute', 'auto'.",
     "one refuses": ("ValueError: temperature", "RuntimeError: rank 0 .* ValueError: temperature"),
     "both": "ValueError: vocab_group goes with a plain tensor",

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastpref.backends import Backend, Head, RowStats
 from fastpref.backends.gradients import keep
-from fastpref.planner import Plan
+from fastpref.planner import Plan, even_ranges
 from fastpref.schedules.kept_rows import KeptRows
 
 
@@ -32,4 +32,5 @@ def rows_of_gradient(
         keep(backend.elementwise, grad, kept[a:b])
         return part
 
-    return RowStats.concatenate([of_group(a, b) for a, b in plan.groups]), kept
+    groups = even_ranges(len(targets), plan.tile[0])
+    return RowStats.concatenate([of_group(a, b) for a, b in groups]), kept

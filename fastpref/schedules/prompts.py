@@ -45,7 +45,7 @@ class Prompts:
     ) -> None:
         self.rows = rows
         responses = rows.responses
-        by_prompt = [rows.counts[i : i + responses] for i in range(0, len(rows.counts), responses)]
+        by_prompt = [rows.whole[i : i + responses] for i in range(0, len(rows.whole), responses)]
         self.counted = [min(counts) > 0 for counts in by_prompt]
         prompts = len(by_prompt)
         self.weights = None if weights is None else weights.detach()
@@ -133,9 +133,12 @@ class Prompts:
         return self.rows.sums(values, responses * first, responses * last, weighted=False)
 
     def fusible(self, objective: Objective, backend: Backend) -> bool:
-        """Whether the backend can do in one launch what autograd does otherwise."""
+        """Whether the backend can do in one launch what autograd does otherwise.
+
+        It adds up the rows that are here.
+        """
         fuses = backend.weigh_pairs is not None and self.rows.responses == 2
-        return fuses and objective.formula() is not None
+        return fuses and self.rows.parts is None and objective.formula() is not None
 
     def weigh(
         self,

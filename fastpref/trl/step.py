@@ -9,24 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from fastpref import agreement
 from fastpref.memory import ranks
 from fastpref.objectives import ListLogps, Objective, PairLogps
 from fastpref.objectives.base import Composite
 
 
 def gathered(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
-    """Every process's whole numbers, by rank; all must call it, with as many.
-
-    Between processes alone, where their group has a backend for the host; otherwise through
-    `device`, whose work under way is waited for.
-    """
-    if ranks() == 1:
-        return [list(numbers)]
-    device = torch.device("cpu") if "cpu:" in distributed.get_backend_config() else device
-    mine = torch.tensor(numbers, dtype=torch.int64, device=device)
-    everybody = [torch.empty_like(mine) for _ in range(ranks())]
-    distributed.all_gather(everybody, mine)
-    return torch.stack(everybody).tolist()
+    """Every process's whole numbers, by rank; all must call it, with as many."""
+    return [list(numbers)] if ranks() == 1 else agreement.gathered(numbers, device)
 
 
 def gathered_texts(text: str) -> list[str]:

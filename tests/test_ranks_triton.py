@@ -1,4 +1,4 @@
-"""A head on several ranks by the Triton kernels, interpreted; in a process of its own."""
+"""A head and sequences on several ranks by the Triton kernels, interpreted; in its own process."""
 
 import os
 
@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import test_sequence_parts
 from test_vocabulary_shards import PARTS, allowed, cases_of, compare, tokens
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -40,3 +41,17 @@ def test_tokens_and_all_their_statistics(two_ranks):
     for sizes in PARTS[2]:
         for distance, name in two_ranks.run(tokens, sizes, "all of it", "triton", seconds=120):
             assert distance <= allowed(torch.float64, "all of it"), (sizes, name)
+
+
+@interpreted
+def test_sequences_in_parts(two_ranks):
+    """Where the kernel that weighs pairs sees only some of their rows, it is not asked."""
+    cases = [
+        ("Uni-DPO", "groups", (), "head_and_tail", False),
+        ("WPO", "recompute", ("entropy",), "one_has_none", False),
+        ("DPO", "frozen head", (), "in_order", True),
+    ]
+    run = test_sequence_parts.compare
+    for found in two_ranks.run(run, torch.float64, cases, "triton", seconds=120):
+        for key, (distance, name) in found.items():
+            assert distance <= test_sequence_parts.allowed(torch.float64), (key, name)
