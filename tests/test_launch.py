@@ -181,6 +181,7 @@ def environment_of(engine):
 
 
 EXPECTED = {
+    "cp": {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "8"},
     "ddp": {},
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
     "tp": {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "8"},
@@ -271,7 +272,7 @@ def test_what_ranks_exchange():
         Exchange("its gradient", "reduce_scatter", 2, 26 * 16 * 4),
         Exchange("statistics of rows", "all_gather", 4, 4 * 8 * 3 * 4),
         Exchange("gradient of hidden states", "all_reduce", 4, 8 * 16 * 4),
-        Exchange("sums of sequences", "all_reduce", 3, 2 * 4 * 4),
+        Exchange("sums of sequences", "all_reduce", 3, 8 * 4),
     ]
     assert [each.sent for each in every[1:4]] == [26 * 16 * 2, 3 * 8 * 3 * 4, 6 * 8 * 16]
     lora = problem_for(16, 101, pairs=2, length=6, lora=True)

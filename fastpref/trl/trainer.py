@@ -14,17 +14,24 @@ import torch
 from accelerate.data_loader import DataLoaderDispatcher
 from datasets import Dataset
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from transformers.trainer_utils import has_length
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import create_model_from_path
 
 from fastpref.columns import OF_PAIRS, LossColumns, possible_columns
-from fastpref.loss import linear_logps, preference_loss
+from fastpref.loss import linear_logps, preference_loss, sequence_logps
 from fastpref.memory import ranks
 from fastpref.objectives import Objective
 from fastpref.sequences import IGNORED, copied_to_host, on_device, shift_targets
+from fastpref.trl.checkpoints import SavesWholeModels
+from fastpref.trl.collator import (
+    COLUMNS,
+    NOT_FOR_MODEL,
+    PACKING,
+    TARGETS,
+    WithMore,
+    packing_of,
+)
 from fastpref.trl.config import (
     PreferenceConfig,
     check_beta,
@@ -35,61 +42,21 @@ from fastpref.trl.config import (
 )
 from fastpref.trl.faults import (
     Together,
-    check_before_save,
-    check_pairs_per_step,
     finite_weights,
-    keep_pairs_per_step,
     nonfinite_rows,
-    resumable,
     say_nonfinite,
 )
 from fastpref.trl.head import LossHeadOutput, add_loss_head, uncast
-from fastpref.trl.packing import Packing, prepare_packing, scored_places, sees_all_pairs
-from fastpref.trl.step import EvenBatches, OfStep, gathered, gathered_texts
+from fastpref.trl.metrics import CountsOnce
+from fastpref.trl.packing import prepare_packing, scored_places, sees_all_pairs
+from fastpref.trl.step import OfStep, gathered, gathered_texts
 
 logger = logging.getLogger(__name__)
 
 _TOKEN_STATS = ("entropy", "mean_logits", "is_top1")
-_COLUMNS = "loss_columns"  # of a batch: arguments of preference_loss that columns give
-_PACKING = "packing"  # of a batch, and of the model's forward: how its sequences become one row
-_NOT_FOR_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", _COLUMNS)
 
 
-class _WithMore:
-    """A collator that also carries what the loss takes from columns, and how to pack the batch.
-
-    In all else it is the one that it wraps, whose attributes are read and set through it.
-    """
-
-    def __init__(
-        self,
-        collator: Callable[[list[dict]], dict],
-        objective: Objective | None,  # None: no columns
-        share: bool | str | None,  # prompts of a packed batch; None: it is not packed
-    ) -> None:
-        vars(self).update(collator=collator, objective=objective, share=share)
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        more: dict[str, Any] = {}
-        if self.objective is not None:
-            columns = LossColumns(self.objective, examples[0].keys(), "the batch")
-            more[_COLUMNS] = columns.tensors(examples)
-        batch = self.collator(examples) | more
-        if self.share is not None:
-            batch[_PACKING] = _packing_of(batch, self.share)
-        return batch
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.collator, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.collator, name, value)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.collator, self.objective, self.share)
-
-
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(SavesWholeModels, CountsOnce):
     """TRL's `DPOTrainer` under any fastpref objective, without logits.
 
     Takes what `DPOTrainer` takes, with any `DPOConfig`, which stays as it is given. Where TRL's own
@@ -118,6 +85,9 @@ class PreferenceTrainer(DPOTrainer):
     mean over all its tokens; where pairs are coupled (AOT, BetaDPO, a router's loss) each batch
     keeps its own, and counts as often as it has pairs. TRL takes the mean of the batches' means,
     which is the same where they are equally large.
+
+    With accelerate's `cp_size` each rank has a part of every sequence's positions, a live
+    reference's too; numbers are those of whole sequences.
 
     Of each step the processes agree on what it takes, and on what stops it:
 
@@ -150,8 +120,9 @@ class PreferenceTrainer(DPOTrainer):
             the objective does not take; `objective` and `args` contradict each other; the
             objective has no reference, and `ref_model` or `sync_ref_model` is given; the model's
             own logits are not made by its head (see `add_loss_head`); packing was asked for, and
-            the model, the adapter, images or context parallelism do not allow it; DeepSpeed is to
-            skip steps.
+            the model, the adapter, images or context parallelism do not allow it; `cp_size` with
+            images, a router's loss, virtual tokens or predictions; DeepSpeed's `sp_size`; DeepSpeed
+            is to skip steps.
         FloatingPointError: in training, of numbers that are not finite.
         RuntimeError: in training, of another process's batches.
     """
@@ -161,10 +132,8 @@ class PreferenceTrainer(DPOTrainer):
     model: Any
     ref_model: Any
     _signature_columns: Any
-    _evaluated: list[float]
     _mean_chosen_length: float | None = None  # over the pairs of this step
     skips_step = False  # this one, on all processes
-    _skipped_steps = 0
 
     def __init__(
         self,
@@ -220,11 +189,13 @@ class PreferenceTrainer(DPOTrainer):
             "backend": getattr(args, "backend", "auto"),
             "logits_budget": getattr(args, "logits_budget", None),
         }
-        if self._packs or not self._as_trl:
-            self.data_collator = _WithMore(
+        self._share_positions_out()
+        if self._packs or not self._as_trl or self._sequence_group is not None:
+            self.data_collator = WithMore(
                 self.data_collator,
                 None if self._as_trl else self.objective,
                 self._share_prompt if self._packs else None,
+                self._sequence_group is not None,
             )
         if self._is_vision_dataset:  # which TRL does not prepare
             self.train_dataset = self._checked(self.train_dataset, "train")
@@ -330,22 +301,48 @@ class PreferenceTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if not self._uses_reference:
             return dataset
-        return super()._precompute_ref_logps(dataset, name, batch_size)
+        if ranks() == 1 or not isinstance(dataset, Dataset):
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        path_of, gather = dataset._get_cache_file_path, self.accelerator.gather
+
+        def same_path(fingerprint: str) -> str:  # of a data set in memory each process has its own
+            return gathered_texts(path_of(fingerprint))[0]
+
+        def gather_once(values: Any) -> Any:  # from one of the ranks that share a batch
+            found = [x.view(ranks(), -1)[:: self._sharing] for x in gather(values)]
+            return tuple(x.flatten() for x in found)
+
+        with (
+            _replaced(dataset, "_get_cache_file_path", same_path),
+            _replaced(self.accelerator, "gather", gather_once),
+        ):
+            return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        inputs = {name: value for name, value in self._packed(inputs).items() if name != _COLUMNS}
+        inputs = self._packed(inputs)
+        with self._shared_out(model, inputs) as here:
+            return self._reference_logps(model, here)
+
+    def _reference_logps(self, model: Any, here: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """TRL's of whole sequences; what of them is `here` goes through the model."""
+        whole = self._whole_of(here)
+        given = {"input_ids": whole.input_ids, "completion_mask": whole.completion_mask}
+        inputs = {k: v for k, v in here.items() if k not in NOT_FOR_MODEL} | given
         trains = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
 
         def reference(*, labels: Tensor, fused_lm_head: bool, **kwargs: Any) -> Any:
             for parameter, requires_grad in trains:  # PEFT has just switched adapters off, and the
                 parameter.requires_grad_(requires_grad)  # first forward tells FSDP2 what trains
-            targets_on_host = copied_to_host(shift_targets(labels, labels.ne(IGNORED)))
-            packing = kwargs.get(_PACKING)
+            kwargs["input_ids"] = here["input_ids"]
+            whole_targets = shift_targets(labels, labels.ne(IGNORED))
+            targets_on_host = copied_to_host(here.get(TARGETS, whole_targets))
+            packing = kwargs.get(PACKING)
 
             def loss_head(hidden: Tensor, weight: Tensor, **head: Any) -> LossHeadOutput:
                 targets = targets_on_host()
                 if packing is None:
-                    return LossHeadOutput(logps=linear_logps(hidden, weight, targets, **head))
+                    found = linear_logps(hidden, weight, targets, **head)
+                    return LossHeadOutput(logps=self._of_whole(found, here))
                 scored = targets != IGNORED
                 rows = packing.hidden_of(hidden, packing.row_of[scored])
                 found = linear_logps(rows, weight, targets[scored], **head)
@@ -363,34 +360,15 @@ class PreferenceTrainer(DPOTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """On their device; DeepSpeed casts what the model takes, and the loss's numbers stay."""
-        ours = {name: inputs[name] for name in _NOT_FOR_MODEL if name in inputs}
+        ours = {name: inputs[name] for name in NOT_FOR_MODEL if name in inputs}
         rest = {name: value for name, value in inputs.items() if name not in ours}
         return super()._prepare_inputs(rest) | _each(_mover(self.args.device), ours)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """FSDP1 reads of sharded checkpoints what the optimizer has: a new one has nothing yet."""
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if checkpoint is not None and plugin is not None and plugin.fsdp_version == 1:
-            optimizer: Any = self.optimizer
-            get_optimizer_state_dict(self.model, optimizer)  # steps once, at a rate of 0
-        super()._load_optimizer_and_scheduler(checkpoint)
-
-    @property
-    def _total_train_tokens(self) -> int:
-        """In the state that checkpoints keep, so that `num_tokens` goes on in a resumed run."""
-        kept: Any = self.state.stateful_callbacks
-        return kept.get("num_tokens", {}).get("trained", 0)
-
-    @_total_train_tokens.setter
-    def _total_train_tokens(self, count: int) -> None:
-        kept: Any = self.state.stateful_callbacks
-        kept["num_tokens"] = {"trained": count}
-
     def _packed(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """With how to pack them, which our collator says without a wait for the device."""
-        if not self._packs or _PACKING in inputs:
+        if not self._packs or PACKING in inputs:
             return inputs
-        return inputs | {_PACKING: _packing_of(inputs, self._share_prompt)}
+        return inputs | {PACKING: packing_of(inputs, self._share_prompt)}
 
     def _ref_logps(self, inputs: dict[str, Any]) -> Tensor | None:
         """Reference log-probabilities `(2B,)`, chosen first."""
@@ -469,7 +447,11 @@ class PreferenceTrainer(DPOTrainer):
             return found
         batches = self.current_gradient_accumulation_steps * ranks()
         share = len(inputs["completion_mask"]) // 2 * batches / num_items_in_batch
-        return (found[0] * share, found[1]) if return_outputs else found * share
+        loss = found[0] if return_outputs else found
+        loss = loss * share
+        if self._cp_size > 1:  # of a sum over these ranks FSDP makes a mean
+            loss = loss * self._cp_size - (loss * (self._cp_size - 1)).detach()
+        return (loss, found[1]) if return_outputs else loss
 
     def _objective_of_step(self) -> Objective:
         if self._mean_chosen_length is None or not self.model.training:
@@ -479,10 +461,15 @@ class PreferenceTrainer(DPOTrainer):
     def _compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False
     ) -> Tensor | tuple[Tensor, Any]:
-        inputs = self._packed(inputs)
-        completion_mask = inputs["completion_mask"]
-        length = completion_mask.shape[1]
-        pairs = len(completion_mask) // 2
+        with self._shared_out(model, self._packed(inputs)) as here:
+            return self._loss_of(model, here, return_outputs)
+
+    def _loss_of(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool
+    ) -> Tensor | tuple[Tensor, Any]:
+        whole = self._whole_of(inputs)
+        length = inputs["input_ids"].shape[1]
+        pairs = len(whole.input_ids) // 2
         first_time = self._first_time(pairs)
         seen = max(first_time, 1)  # of none the loss is still wanted, though nobody counts it
 
@@ -491,17 +478,22 @@ class PreferenceTrainer(DPOTrainer):
                 return x
             return x[:seen] if len(x) == pairs else x.unflatten(0, (2, -1))[:, :seen].flatten(0, 1)
 
-        input_ids, completion_mask = of_seen(inputs["input_ids"]), of_seen(completion_mask)
+        input_ids, completion_mask = of_seen(whole.input_ids), of_seen(whole.completion_mask)
         if not first_time:
             completion_mask = torch.zeros_like(completion_mask)
-        # Under way while the models run: the loss is planned on the host.
-        targets_on_host = copied_to_host(shift_targets(input_ids, completion_mask))
-        ref_logps = of_seen(self._ref_logps(inputs))
-        columns = _each(of_seen, inputs.get(_COLUMNS, {}))
-        objective = self._objective_of_step()
+        targets = shift_targets(input_ids, completion_mask)
         token_weights = _length_weights(completion_mask, self.ld_alpha)
+        if self._sequence_group is not None:
+            positions = of_seen(inputs["position_ids"])
+            targets = targets.gather(1, positions)
+            token_weights = None if token_weights is None else token_weights.gather(1, positions)
+        # Under way while the models run: the loss is planned on the host.
+        targets_on_host = copied_to_host(targets)
+        ref_logps = of_seen(self._ref_logps(inputs))
+        columns = _each(of_seen, inputs.get(COLUMNS, {}))
+        objective = self._objective_of_step()
         untouched = 0.0 if token_weights is None else sft_weight(self.args)
-        packing = inputs.get(_PACKING)
+        packing = inputs.get(PACKING)
 
         def loss_head(hidden: Tensor, weight: Tensor, **head: Any) -> Any:
             on_head, targets, weights = _mover(hidden.device), targets_on_host(), token_weights
@@ -523,6 +515,7 @@ class PreferenceTrainer(DPOTrainer):
                 ref_logps=on_head(ref_logps),
                 cu_seqlens=cu_seqlens,
                 token_weights=weights,
+                sequence_group=self._sequence_group,
                 schedule=self._schedule,
                 stats=_TOKEN_STATS,
                 **_each(on_head, columns),
@@ -534,13 +527,22 @@ class PreferenceTrainer(DPOTrainer):
             # TRL's sft leaves ld_alpha out: what the token weights took from it is given back.
             rest = 1 - weights[chosen]
             wanted = targets[chosen].masked_fill((rest == 0).to(targets.device), IGNORED)
-            logps = linear_logps(hidden[chosen], weight, wanted, **head, **self._computing)
+            logps, _ = sequence_logps(
+                hidden[chosen],
+                weight,
+                wanted,
+                cu_seqlens=None if cu_seqlens is None else cu_seqlens[: seen + 1],
+                token_weights=rest,
+                sequence_group=self._sequence_group,
+                **head,
+                **self._computing,
+            )
             tokens: Any = self._mean_chosen_length if isinstance(objective, OfStep) else None
             tokens = out.lengths[:seen].sum().clamp(min=1) if tokens is None else tokens * seen
-            nll = -(rest * logps).sum() / tokens
+            nll = -logps.sum() / tokens
             return dataclasses.replace(out, loss=out.loss + untouched * nll)
 
-        model_inputs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_MODEL}
+        model_inputs = {k: v for k, v in inputs.items() if k not in NOT_FOR_MODEL}
         if self.aux_loss_enabled:
             model_inputs["output_router_logits"] = True
         outputs: Any = uncast(model(**model_inputs, use_cache=False, loss_head=loss_head))
@@ -552,17 +554,22 @@ class PreferenceTrainer(DPOTrainer):
         if self._record(metrics, outputs.lengths, inputs["attention_mask"], broken):
             self._refuse(outputs, ref_logps, inputs)
         if return_outputs:
-            model_inputs.pop(_PACKING, None)  # predictions are the padded batch's
+            if self._sequence_group is not None:
+                raise ValueError(
+                    f"predictions are logits, of which cp_size={self._cp_size} leaves each rank a "
+                    "part; evaluate with prediction_loss_only=True"
+                )
+            model_inputs.pop(PACKING, None)  # predictions are the padded batch's
             with torch.no_grad():
                 outputs = model(**model_inputs, use_cache=False)
         return (loss, outputs) if return_outputs else loss
 
     def _refuse(self, outputs: Any, ref_logps: Tensor | None, inputs: dict[str, Any]) -> None:
         """Ends the run where a loss is not finite, or has this step skipped; on all processes."""
+        whole = self._whole_of(inputs)
 
         def tokens_of(pair: int) -> list[int]:
-            row, mask = inputs["input_ids"][pair], inputs["attention_mask"][pair]
-            return row[mask.bool()].tolist()
+            return whole.input_ids[pair][whole.attention_mask[pair].bool()].tolist()
 
         decode = getattr(self.processing_class, "decode", str)
         mine = nonfinite_rows(outputs.losses, outputs.logps, ref_logps, tokens_of, decode)
@@ -595,123 +602,9 @@ class PreferenceTrainer(DPOTrainer):
                 self._skip(text)
         return grad_norm
 
-    # --- checkpoints ----------------------------------------------------------------------------
-
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        if resume_from_checkpoint:
-            found = resumable(resume_from_checkpoint, str(self.args.output_dir))
-            if found is not None and not self.args.ignore_data_skip:
-                check_pairs_per_step(found, self.get_total_train_batch_size(self.args))
-            resume_from_checkpoint = found or resume_from_checkpoint
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        place = f"the checkpoint of step {self.state.global_step}"
-        check_before_save(self.model, place, self.args.device)
-        keep_pairs_per_step(self.state, self.get_total_train_batch_size(self.args))
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # the state comes last: a checkpoint with it is whole
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # One process may well save alone: nobody is asked. A checkpoint's weights are looked at.
-        if not _internal_call and not finite_weights(self.model):
-            place = output_dir or self.args.output_dir
-            raise FloatingPointError(
-                f"weights of the model are not finite, so it is not saved to {place}"
-            )
-        super().save_model(output_dir, _internal_call)
-
-    # --- metrics --------------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._skipped_steps and "loss" in logs:
-            logs["skipped_steps"] = self._skipped_steps
-        super().log(logs, start_time)
-
-    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        self._metrics["eval"].clear()  # predictions leave theirs behind, as nothing logs them
-        if ranks() > 1 and not has_length(dataloader):
-            dataloader = EvenBatches(dataloader, self.args.device)
-        found = super().evaluation_loop(dataloader, *args, **kwargs)
-        if not (self.is_in_train or self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            # It has prepared the model without DDP, and training would take it for prepared: each
-            # process would follow gradients of its own.
-            vars(self.model).pop("_is_accelerate_prepared", None)
-        return found
-
-    def _first_time(self, pairs: int) -> int:
-        """How many of this process's pairs are evaluated for the first time: its first ones.
-
-        Where the data set does not divide, accelerate fills the last batches up with its beginning;
-        `remainder` counts the others, of all processes in their order.
-        """
-        state = self.accelerator.gradient_state
-        if self.model.training or not state.end_of_dataloader or state.remainder <= 0:
-            return pairs
-        earlier = self.accelerator.process_index // self._tp_size * pairs
-        return min(max(state.remainder - earlier, 0), pairs)
-
-    def _record(
-        self, metrics: dict[str, Tensor], lengths: Tensor, attention_mask: Tensor, broken: Tensor
-    ) -> bool:
-        """Keeps the metrics, means over the pairs or tokens of all processes.
-
-        Those of a training step as TRL does, to be averaged over steps; those of an evaluation
-        over all of it.
-
-        Args:
-            broken: how many losses are not finite.
-
-        Returns:
-            In training, whether there are such on any process: then no metrics are kept.
-        """
-        mode = "train" if self.model.training else "eval"
-        chosen, rejected = lengths.view(2, -1)
-        per_token = {
-            "entropy": lengths.sum(),
-            "mean_token_accuracy": chosen.sum(),
-            "logits/chosen": chosen.sum(),
-            "logits/rejected": rejected.sum(),
-        }
-        pairs = ((chosen > 0) & (rejected > 0)).sum()
-        values = torch.stack([value.float() for value in metrics.values()])
-        counts = torch.stack([per_token.get(name, pairs) for name in metrics]).to(values)
-        tokens = attention_mask.sum().to(values)
-        mine = torch.cat([values * counts, counts, torch.stack([tokens, broken.to(values)])])
-        total = self.accelerator.gather(mine[None]).sum(0).tolist()  # a step's one wait, as in TRL
-        recorded = self._metrics[mode]
-        *total, broken_losses = total
-        if mode == "train" and broken_losses:
-            return True
-        if mode == "eval":
-            if recorded:
-                total = [a + b for a, b in zip(self._evaluated, total, strict=True)]
-                recorded.clear()
-            self._evaluated = total
-        *sums, tokens = total
-        for name, value, count in zip(
-            metrics, sums[: len(metrics)], sums[len(metrics) :], strict=True
-        ):
-            recorded[name].append(value / max(count, 1))
-        if mode == "train":
-            self._total_train_tokens += int(tokens) // self._tp_size
-        recorded["num_tokens"] = [self._total_train_tokens]
-        return False
-
 
 def _objective(args: DPOConfig) -> Objective:
     return args.make_objective() if isinstance(args, PreferenceConfig) else trl_objective(args)
-
-
-def _packing_of(batch: Mapping[str, Any], share: bool | str) -> Packing:
-    return Packing.of(
-        batch["input_ids"], batch["attention_mask"], batch["completion_mask"], share=share
-    )
 
 
 def _each(function: Callable[[Tensor], Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -740,9 +633,12 @@ def _length_weights(completion_mask: Tensor, ld_alpha: float | None) -> Tensor |
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = getattr(owner, name)
+    original, own = getattr(owner, name), name in vars(owner)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, original)
+        if own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)

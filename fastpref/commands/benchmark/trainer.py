@@ -198,4 +198,4 @@ def _checkpoint(model_directory: str | None) -> Iterator[str]:
 if __name__ == "__main__":
     task, *arguments, threads = json.loads(sys.argv[1])
     torch.set_num_threads(threads)
-    print(json.dumps({"peak_of": peak_of, "time_ways": time_ways}[task](*arguments)))
+    print(json.dumps(peak_of(*arguments) if task == "peak_of" else time_ways(*arguments)))

@@ -1,0 +1,97 @@
+"""What a batch carries besides TRL's tensors: the loss's columns, and how it becomes rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.columns import LossColumns
+from fastpref.objectives import Objective
+from fastpref.sequences import shift_targets
+from fastpref.trl.packing import Packing
+
+COLUMNS = "loss_columns"  # arguments of preference_loss that columns give
+PACKING = "packing"  # for the model's forward: how its sequences become one row
+WHOLE = "whole_batch"  # as it was before ranks shared its positions out
+TARGETS = "shift_labels"  # by the name under which transformers shares them out
+NOT_FOR_MODEL = (
+    "completion_mask", "ref_chosen_logps", "ref_rejected_logps", COLUMNS, WHOLE, TARGETS,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a batch loses where ranks share its positions out, which is done in place."""
+
+    input_ids: Tensor  # (S, T)
+    attention_mask: Tensor  # (S, T)
+    completion_mask: Tensor  # (S, T)
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> Whole:
+        return cls(*(batch[field.name] for field in fields(cls)))
+
+    def to(self, *where: Any, **how: Any) -> Whole:
+        """As tensors are moved, which is how accelerate moves what has this."""
+        return Whole(*(tensor.to(*where, **how) for tensor in vars(self).values()))
+
+
+class WithMore:
+    """A collator that also carries what the loss takes from columns, and how to lay out the batch.
+
+    In all else it is the one that it wraps, whose attributes are read and set through it.
+
+    Args:
+        objective: whose columns; None for none.
+        share: prompts of a packed batch; None where it is not packed.
+        shared_out: ranks share out the positions.
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[list[dict]], dict],
+        objective: Objective | None,
+        share: bool | str | None,
+        shared_out: bool = False,
+    ) -> None:
+        given = {"objective": objective, "share": share, "shared_out": shared_out}
+        vars(self).update(collator=collator, **given)
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        more: dict[str, Any] = {}
+        if self.objective is not None:
+            columns = LossColumns(self.objective, examples[0].keys(), "the batch")
+            more[COLUMNS] = columns.tensors(examples)
+        batch = self.collator(examples) | more
+        if self.share is not None:
+            batch[PACKING] = packing_of(batch, self.share)
+        return batch | before_sharing(batch) if self.shared_out else batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.collator, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.collator, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.collator, self.objective, self.share, self.shared_out)
+
+
+def packing_of(batch: Mapping[str, Any], share: bool | str) -> Packing:
+    return Packing.of(
+        batch["input_ids"], batch["attention_mask"], batch["completion_mask"], share=share
+    )
+
+
+def before_sharing(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What each position needs of the others: where it stands, what it predicts; and the whole."""
+    ids = batch["input_ids"]
+    return {
+        "position_ids": torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1),
+        TARGETS: shift_targets(ids, batch["completion_mask"]),
+        WHOLE: Whole(*(tensor.clone() for tensor in vars(Whole.of(batch)).values())),
+    }
