@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 import traceback
+import warnings
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def _serve(rank, world, store, pipe):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # accelerate asks for them
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # nobody reads them
     distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
     while True:
         try:

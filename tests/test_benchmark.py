@@ -125,11 +125,13 @@ def test_a_ratio_is_formed_within_its_round():
     ],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_predicted_memory_is_what_is_measured(workload, name):
+def test_predicted_memory_is_what_is_measured(workload, name, monkeypatch):
     """Within a tenth of the growth of a fresh process.
 
     MKL's workspace on an Intel CPU was measured with freed memory kept: 10 MB more or less there.
+    On one thread the frozen head's products have another 4 MB.
     """
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # which the process is given
     measured = peak_memory(workload, name, "cpu", repeats=1)["bytes"]
     predicted = predicted_memory(workload, name, "cpu")
     assert predicted == pytest.approx(measured, rel=0.1, abs=10e6 * planner._IS_INTEL)
