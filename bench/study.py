@@ -1,12 +1,14 @@
 """What the objectives do to a real model: trains each of them alike, and writes what was seen.
 
     python bench/study.py run --model DIR --data PAIRS.jsonl --out bench/results/study
+    python bench/study.py page --runs bench/results/study/runs --out bench/results
     python bench/study.py properties
 
 A run of all takes hours on two cores. Each training's numbers are a file of their own in OUT/runs
 as it ends, and what is there is not trained again: the command may be stopped at any time and given
 again, and `--minutes` stops it by itself. `--quick` goes through everything at sizes that show
-nothing. `properties` needs no model: what balanced gradients and Uni-DPO's are, on fixed states.
+nothing. `page` makes study.json, the charts and STUDY.md's tables of the runs that have ended.
+`properties` needs no model: what balanced gradients and Uni-DPO's are, on fixed states.
 """
 
 from __future__ import annotations
@@ -22,11 +24,16 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from trials.arms import ABLATIONS, BETA_FACTORS, MAIN, RATES, Arm
+from trials.charts import write_charts
+from trials.page import tables
 from trials.properties import balance_report, unidpo_report
+from trials.summary import save, study_of
 from trials.training import Bench, Sizes, accuracy
 
+from fastpref.commands.benchmark.report import insert_tables
 from fastpref.commands.tables import new_table, show
 
+PAGE = Path(__file__).with_name("STUDY.md")
 app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -58,6 +65,27 @@ def run(
                     trials.train(arm, *chosen[arm.like], seed)
         except TimeIsUp:
             console.print(f"{minutes:g} minutes are over; the same command goes on from here")
+
+
+@app.command()
+def page(
+    runs: Annotated[Path, typer.Option(help="OUT/runs of `run`.", exists=True, file_okay=False)],
+    out: Annotated[Path, typer.Option(help="Directory of study.json and the charts.")],
+    text: Annotated[
+        Path, typer.Option(help="The page whose tables are renewed.", exists=True, dir_okay=False)
+    ] = PAGE,
+    quick: Annotated[bool, typer.Option(help="The runs are of `run --quick`.")] = False,
+) -> None:
+    """Summarises the runs that have ended."""
+    try:
+        found = study_of(runs, Sizes.quick() if quick else Sizes())
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--runs") from error
+    out.mkdir(parents=True, exist_ok=True)
+    save(found, out / "study.json")
+    charts = write_charts(found, out)
+    text.write_text(insert_tables(text.read_text(), tables(found)))
+    print(*[text, out / "study.json", *charts], sep="\n")
 
 
 @app.command()

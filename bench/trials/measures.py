@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trials.pairs import TokenPair, batches, collate
+from trials.pairs import Batch, TokenPair, batches
 
 import fastpref
 from fastpref.objectives import MarginObjective, PairLogps
+from fastpref.trl.packing import Packing, scored_places
 
 Table = dict[str, list[float]]
 
@@ -69,17 +70,25 @@ def logps_of(model: Any, pairs: Sequence[TokenPair], size: int) -> list[tuple[fl
     """Log-probability of each pair's chosen and rejected response, nats."""
     found = []
     for _, batch in batches(pairs, size):
-        hidden, weight = hidden_and_head(model, batch.input_ids, batch.attention_mask)
-        logps, _ = fastpref.sequence_logps(hidden, weight, batch.targets)
+        rows, weight, targets, cu_seqlens = scored_rows(model, batch)
+        logps, _ = fastpref.sequence_logps(rows, weight, targets, cu_seqlens=cu_seqlens)
         found += list(zip(*(side.tolist() for side in logps.chunk(2)), strict=True))
     return found
 
 
-def hidden_and_head(model: Any, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Last hidden states `(B, T, H)` and the LM head's weight `(V, H)`."""
+def scored_rows(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states `(n, H)` of the responses, the head `(V, H)`, targets `(n,)`, `cu_seqlens`.
+
+    Both responses of a pair go through the trunk with one copy of their prompt, in bfloat16's
+    products; head and loss are float32.
+    """
     causal = model.get_base_model()
-    hidden = causal.model(input_ids, attention_mask=attention_mask).last_hidden_state
-    return hidden, causal.lm_head.weight
+    packing = Packing.of(batch.input_ids, batch.attention_mask, batch.completion_mask, share=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = causal.model(**packing.model_inputs(batch.input_ids, causal)).last_hidden_state
+    places, cu_seqlens = scored_places(batch.targets)
+    rows = packing.hidden_of(hidden, packing.row_of.flatten()[places]).float()
+    return rows, causal.lm_head.weight, batch.targets.flatten()[places], cu_seqlens
 
 
 @torch.no_grad()
@@ -115,13 +124,14 @@ def sample(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", torch.bfloat16):
         torch.manual_seed(seed)
         drawn = model.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=tokens,
             do_sample=True,
+            use_cache=True,
             top_k=0,
             pad_token_id=tokenizer.eos_token_id,
         )[:, longest:]
@@ -131,17 +141,18 @@ def sample(
     divergence = 0.0
     for row, prompt in enumerate(prompts):
         response = drawn[row, : lengths[row]].tolist()
-        batch = collate([TokenPair(prompt, response, response, (0.0, 0.0))])
-        ids, scored = batch.input_ids[:1], batch.targets[0] != -100
-        policy = _log_probs(model, ids, scored)
+        ids = torch.tensor([prompt + response])
+        policy = _log_probs(model, ids, len(response))
         with model.disable_adapter():
-            reference = _log_probs(model, ids, scored)
+            reference = _log_probs(model, ids, len(response))
         divergence += (policy.exp() * (policy - reference)).sum().item()
     count = int(lengths.sum())
     return {"length": count / len(prompts), "divergence": divergence / count}
 
 
-def _log_probs(model: Any, ids: Tensor, scored: Tensor) -> Tensor:
-    """`(n, V)`, of one response."""
-    hidden, weight = hidden_and_head(model, ids, torch.ones_like(ids))
-    return (hidden[0, scored] @ weight.T).float().log_softmax(-1)
+def _log_probs(model: Any, ids: Tensor, last: int) -> Tensor:
+    """`(last, V)` of what the last tokens were drawn from."""
+    causal = model.get_base_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = causal.model(ids).last_hidden_state[0, -last - 1 : -1]
+    return (hidden.float() @ causal.lm_head.weight.T).log_softmax(-1)

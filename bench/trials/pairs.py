@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref import UniDPO
+from fastpref import UniDPO, shift_targets
 from fastpref.commands.data import read_pairs
 
 
@@ -40,6 +40,7 @@ class Batch:
 
     input_ids: Tensor  # (2B, T)
     attention_mask: Tensor  # (2B, T)
+    completion_mask: Tensor  # (2B, T)
     targets: Tensor  # (2B, T), -100 where not scored
     scores: Tensor  # (2B,)
 
@@ -92,14 +93,15 @@ def collate(pairs: Sequence[TokenPair]) -> Batch:
     rows = [(pair.prompt, pair.chosen) for pair in pairs]
     rows += [(pair.prompt, pair.rejected) for pair in pairs]
     longest = max(len(prompt) + len(response) for prompt, response in rows)
-    ids, mask, targets = (torch.full((len(rows), longest), fill) for fill in (0, 0, -100))
+    ids, real, completion = torch.zeros(3, len(rows), longest, dtype=torch.int64)
     for row, (prompt, response) in enumerate(rows):
         whole = torch.tensor(prompt + response)
         ids[row, : len(whole)] = whole
-        mask[row, : len(whole)] = 1
-        targets[row, len(prompt) - 1 : len(whole) - 1] = whole[len(prompt) :]
+        real[row, : len(whole)] = 1
+        completion[row, len(prompt) : len(whole)] = 1
     scores = [pair.scores[side] for side in (0, 1) for pair in pairs]
-    return Batch(ids, mask, targets, torch.tensor(scores))
+    targets = shift_targets(ids, completion)
+    return Batch(ids, real, completion, targets, torch.tensor(scores))
 
 
 def order(count: int, wanted: int, seed: int) -> list[int]:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trials.measures import Table, evaluate, hidden_and_head, logps_of, look, pair_logps, sample
+from trials.measures import Table, evaluate, logps_of, look, pair_logps, sample, scored_rows
 from trials.pairs import Split, TokenPair, collate, load, order
 
 import fastpref
 from fastpref.objectives import MarginObjective
+from fastpref.trl.packing import prepare_packing
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,15 @@ class Sizes:
         seeds: of the runs; a sweep has the first.
     """
 
-    prompt: int = 96
-    response: int = 96
-    steps: int = 60
-    sweep_steps: int = 30
+    prompt: int = 64
+    response: int = 48
+    steps: int = 40
+    sweep_steps: int = 16
     batch: int = 4
     heldout: int = 100
-    validation: int = 60
-    prompts: int = 24
-    drawn: int = 96
+    validation: int = 40
+    prompts: int = 16
+    drawn: int = 48
     train: int = 10**6
     seeds: tuple[int, ...] = (1, 2, 3)
 
@@ -73,6 +74,8 @@ class Bench:
             base = self.model.unload()
         else:
             base = AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32)
+            base.config.use_cache = False
+            prepare_packing(base, share=True)
         torch.manual_seed(seed)
         config = LoraConfig(
             r=16, lora_alpha=32, target_modules="all-linear", exclude_modules=["lm_head"]
@@ -147,12 +150,13 @@ class Bench:
         pairs = [self.split.train[row] for row in rows]
         batch = collate(pairs)
         ref_logps = torch.tensor([self.references["train"][row] for row in rows]).T.flatten()
-        hidden, weight = hidden_and_head(self.model, batch.input_ids, batch.attention_mask)
+        hidden, weight, targets, cu_seqlens = scored_rows(self.model, batch)
         out = fastpref.preference_loss(
             hidden,
             weight,
-            batch.targets,
+            targets,
             objective,
+            cu_seqlens=cu_seqlens,
             ref_logps=ref_logps if objective.needs_reference else None,
             scores=batch.scores if objective.needs_scores else None,
         )
