@@ -241,6 +241,14 @@ def preference_loss(
                 "objective": type(objective).__name__,
                 "rows of weight": len(weight),
                 "weighted_lengths": weighted_lengths,
+                "choice of arguments": _given(
+                    ref_logps=ref_logps,
+                    scores=scores,
+                    pair_weights=pair_weights,
+                    betas=betas,
+                    token_weights=token_weights,
+                ),
+                "extras": sorted(extras or {}),
             }
         )
     return computing.preference_loss(
@@ -328,6 +336,7 @@ def sequence_logps(
             | {
                 "number of sequences": count,
                 "rows of weight": len(weight),
+                "choice of arguments": _given(token_weights=token_weights),
             }
         )
     return computing.sequence_logps(
@@ -468,6 +477,11 @@ def _computing(
         chosen = VocabularyShards(chosen)
     into = weight_grad, weight_grad_scale
     return Scheduled(chosen, schedule, logits_budget, capturable, *into, shards, parts)
+
+
+def _given(**arguments: object) -> list[str]:
+    """Names of those that are not None."""
+    return [name for name, value in arguments.items() if value is not None]
 
 
 def _names(stats: Sequence[str]) -> tuple[str, ...]:

@@ -294,6 +294,10 @@ def refused(rank, case):
         given["schedule"] = ("recompute", "auto")[rank]
     elif case == "requires_grad" and rank:
         hidden = hidden.clone().requires_grad_()
+    elif case == "token_weights" and rank:
+        given["token_weights"] = torch.ones(targets.shape)
+    elif case == "pair_weights" and not rank:
+        given["pair_weights"] = batch["pair_weights"]
     elif case == "missing" and rank:
         objective = DPO()
     elif case == "capturable":
@@ -322,6 +326,8 @@ REFUSALS = {
     "objective": "ValueError: the ranks .* same objective, got .'SimPO', 'ORPO'.",
     "schedule": "ValueError: the ranks .* same schedule, got .'recompute', 'auto'.",
     "requires_grad": "ValueError: the ranks .* same hidden's dtype.*False.*True",
+    "token_weights": "ValueError: the ranks .* same choice of arguments.*.., .'token_weights'..",
+    "pair_weights": "ValueError: the ranks .* same choice of arguments.*'pair_weights'.*..",
     "missing": ("RuntimeError: rank 1 .* ref_logps", "ValueError: .*ref_logps"),
     "capturable": "ValueError: capturable=True reads nothing on the host",
     "reference": "ValueError: backend='reference' takes whole sequences",
