@@ -11,16 +11,12 @@ from torch import Tensor
 
 from fastpref.columns import LossColumns
 from fastpref.objectives import Objective
-from fastpref.sequences import shift_targets
 from fastpref.trl.packing import Packing
 
 COLUMNS = "loss_columns"  # arguments of preference_loss that columns give
 PACKING = "packing"  # for the model's forward: how its sequences become one row
 WHOLE = "whole_batch"  # as it was before ranks shared its positions out
-TARGETS = "shift_labels"  # by the name under which transformers shares them out
-NOT_FOR_MODEL = (
-    "completion_mask", "ref_chosen_logps", "ref_rejected_logps", COLUMNS, WHOLE, TARGETS,
-)  # fmt: skip
+NOT_FOR_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", COLUMNS, WHOLE)
 
 
 @dataclass(frozen=True)
@@ -35,9 +31,11 @@ class Whole:
     def of(cls, batch: Mapping[str, Any]) -> Whole:
         return cls(*(batch[field.name] for field in fields(cls)))
 
-    def to(self, *where: Any, **how: Any) -> Whole:
-        """As tensors are moved, which is how accelerate moves what has this."""
-        return Whole(*(tensor.to(*where, **how) for tensor in vars(self).values()))
+    def clone(self) -> Whole:
+        return Whole(*(tensor.clone() for tensor in vars(self).values()))
+
+    def to(self, device: torch.device) -> Whole:
+        return Whole(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 class WithMore:
@@ -48,7 +46,6 @@ class WithMore:
     Args:
         objective: whose columns; None for none.
         share: prompts of a packed batch; None where it is not packed.
-        shared_out: ranks share out the positions.
     """
 
     def __init__(
@@ -56,10 +53,8 @@ class WithMore:
         collator: Callable[[list[dict]], dict],
         objective: Objective | None,
         share: bool | str | None,
-        shared_out: bool = False,
     ) -> None:
-        given = {"objective": objective, "share": share, "shared_out": shared_out}
-        vars(self).update(collator=collator, **given)
+        vars(self).update(collator=collator, objective=objective, share=share)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         more: dict[str, Any] = {}
@@ -69,7 +64,7 @@ class WithMore:
         batch = self.collator(examples) | more
         if self.share is not None:
             batch[PACKING] = packing_of(batch, self.share)
-        return batch | before_sharing(batch) if self.shared_out else batch
+        return batch
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.collator, name)
@@ -78,20 +73,10 @@ class WithMore:
         setattr(self.collator, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.collator, self.objective, self.share, self.shared_out)
+        return type(self), (self.collator, self.objective, self.share)
 
 
 def packing_of(batch: Mapping[str, Any], share: bool | str) -> Packing:
     return Packing.of(
         batch["input_ids"], batch["attention_mask"], batch["completion_mask"], share=share
     )
-
-
-def before_sharing(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What each position needs of the others: where it stands, what it predicts; and the whole."""
-    ids = batch["input_ids"]
-    return {
-        "position_ids": torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1),
-        TARGETS: shift_targets(ids, batch["completion_mask"]),
-        WHOLE: Whole(*(tensor.clone() for tensor in vars(Whole.of(batch)).values())),
-    }

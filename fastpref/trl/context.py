@@ -12,7 +12,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from trl import DPOTrainer
 
-from fastpref.trl.collator import WHOLE, Whole, before_sharing
+from fastpref.trl.collator import WHOLE, Whole
 
 
 class SharesPositions(DPOTrainer):
@@ -72,8 +72,7 @@ class SharesPositions(DPOTrainer):
     @contextlib.contextmanager
     def _shared_out(self, model: Any, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The inputs with this rank's positions alone, where nobody has shared them out yet."""
-        whole = inputs.get(WHOLE)
-        if whole is None or inputs["input_ids"].shape != whole.input_ids.shape:
+        if self._sequence_group is None or WHOLE in inputs:
             yield inputs
             return
         context, inputs = self._prepare_context_parallel_inputs(model, inputs)
@@ -83,24 +82,33 @@ class SharesPositions(DPOTrainer):
     def _prepare_context_parallel_inputs(
         self, model: Any, inputs: dict[str, Any]
     ) -> tuple[Callable[[], Any], dict[str, Any]]:
+        """Before positions are shared out: where each stands, and a copy of the whole."""
         if self._sequence_group is None:
             return super()._prepare_context_parallel_inputs(model, inputs)
-        if WHOLE not in inputs:
-            inputs = inputs | before_sharing(inputs)
-        length = inputs["input_ids"].shape[1]
+        ids = inputs["input_ids"]
+        length = ids.shape[1]
         if length % self._chunks:
             raise ValueError(
                 f"cp_size={self._cp_size} shares out sequences in {self._chunks} equal chunks, and "
                 f"the batch has {length} tokens a row; have its collator pad to a multiple of "
                 f"{self._chunks}"
             )
-        return super()._prepare_context_parallel_inputs(model, inputs)
+        positions = torch.arange(length, device=ids.device).repeat(len(ids), 1)
+        more = {"position_ids": positions, WHOLE: Whole.of(inputs).clone()}
+        return super()._prepare_context_parallel_inputs(model, inputs | more)
 
-    def _of_whole(self, per_token: Tensor, here: dict[str, Any]) -> Tensor:
+    def _here(self, whole: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """This rank's positions of `(S, T)`."""
+        if self._sequence_group is None:
+            return whole
+        positions = inputs["position_ids"]  # the same in every row
+        return whole.gather(1, positions[: len(whole)].to(whole.device))
+
+    def _of_whole(self, per_token: Tensor, inputs: dict[str, Any]) -> Tensor:
         """`(S, T)` of all ranks' positions, from those that are here."""
         if self._sequence_group is None:
             return per_token
-        whole = per_token.new_zeros(here[WHOLE].input_ids.shape)
-        whole.scatter_(1, here["position_ids"], per_token)
+        whole = per_token.new_zeros(inputs[WHOLE].input_ids.shape)
+        whole.scatter_(1, inputs["position_ids"].to(whole.device), per_token)
         torch.distributed.all_reduce(whole, group=self._sequence_group)
         return whole

@@ -28,7 +28,6 @@ from fastpref.trl.collator import (
     COLUMNS,
     NOT_FOR_MODEL,
     PACKING,
-    TARGETS,
     WithMore,
     packing_of,
 )
@@ -190,12 +189,11 @@ class PreferenceTrainer(SavesWholeModels, CountsOnce):
             "logits_budget": getattr(args, "logits_budget", None),
         }
         self._share_positions_out()
-        if self._packs or not self._as_trl or self._sequence_group is not None:
+        if self._packs or not self._as_trl:
             self.data_collator = WithMore(
                 self.data_collator,
                 None if self._as_trl else self.objective,
                 self._share_prompt if self._packs else None,
-                self._sequence_group is not None,
             )
         if self._is_vision_dataset:  # which TRL does not prepare
             self.train_dataset = self._checked(self.train_dataset, "train")
@@ -334,8 +332,8 @@ class PreferenceTrainer(SavesWholeModels, CountsOnce):
             for parameter, requires_grad in trains:  # PEFT has just switched adapters off, and the
                 parameter.requires_grad_(requires_grad)  # first forward tells FSDP2 what trains
             kwargs["input_ids"] = here["input_ids"]
-            whole_targets = shift_targets(labels, labels.ne(IGNORED))
-            targets_on_host = copied_to_host(here.get(TARGETS, whole_targets))
+            targets = shift_targets(labels, labels.ne(IGNORED))
+            targets_on_host = copied_to_host(self._here(targets, here))
             packing = kwargs.get(PACKING)
 
             def loss_head(hidden: Tensor, weight: Tensor, **head: Any) -> LossHeadOutput:
@@ -481,12 +479,10 @@ class PreferenceTrainer(SavesWholeModels, CountsOnce):
         input_ids, completion_mask = of_seen(whole.input_ids), of_seen(whole.completion_mask)
         if not first_time:
             completion_mask = torch.zeros_like(completion_mask)
-        targets = shift_targets(input_ids, completion_mask)
+        targets = self._here(shift_targets(input_ids, completion_mask), inputs)
         token_weights = _length_weights(completion_mask, self.ld_alpha)
-        if self._sequence_group is not None:
-            positions = of_seen(inputs["position_ids"])
-            targets = targets.gather(1, positions)
-            token_weights = None if token_weights is None else token_weights.gather(1, positions)
+        if token_weights is not None:
+            token_weights = self._here(token_weights, inputs)
         # Under way while the models run: the loss is planned on the host.
         targets_on_host = copied_to_host(targets)
         ref_logps = of_seen(self._ref_logps(inputs))
