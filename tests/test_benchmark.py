@@ -129,7 +129,7 @@ def test_predicted_memory_is_what_is_measured(workload, name, monkeypatch):
     """Within a tenth of the growth of a fresh process.
 
     MKL's workspace on an Intel CPU was measured with freed memory kept: 10 MB more or less there.
-    On one thread the frozen head's products have another 4 MB.
+    On one thread the frozen head's products take more than is planned.
     """
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # which the process is given
     measured = peak_memory(workload, name, "cpu", repeats=1)["bytes"]
