@@ -423,10 +423,28 @@ def test_runs_without_their_references_are_an_error(tmp_path, monkeypatch):
 
 
 def test_the_page_has_the_figures_of_the_file():
-    path = study.PAGE.parent / "results" / "study.json"
-    if not path.exists():
-        pytest.skip("the study has not been run")
-    text = study.PAGE.read_text()
-    assert insert_tables(text, page.tables(json.loads(path.read_text()))) == text
-    charts = re.findall(r"results/(study-\S+png)", text)
-    assert charts and all((path.parent / chart).exists() for chart in charts)
+    """Before there is such a file it has none, and says so."""
+    path, text = study.PAGE.parent / "results" / "study.json", study.PAGE.read_text()
+    if path.exists():
+        assert insert_tables(text, page.tables(json.loads(path.read_text()))) == text
+        charts = re.findall(r"results/(study-\S+png)", text)
+        assert charts and all((path.parent / chart).exists() for chart in charts)
+    else:
+        tables = re.findall(r"<!-- (?!end )[^>]*-->\n(.*?)<!-- end ", text, re.DOTALL)
+        said = [table for table in tables if table]
+        assert len(said) == 1 < len(tables) and said[0].startswith("**No training has been run")
+
+
+def test_what_chance_alone_shows_is_as_the_page_says():
+    """By the seeds' rule, of numbers that are alike but for the seeds."""
+    text = " ".join(study.PAGE.read_text().split())
+    sentence = re.search(r"the seeds alone would show one in (\d+) % .*? in (\d+) %", text)
+    three, two = (int(percent) / 100 for percent in sentence.groups())
+    draws = torch.randn(200_000, 3, generator=torch.Generator().manual_seed(0)).double()
+    for seeds, expected in ((3, three), (2, two)):
+        of = draws[:, :seeds]
+        shows = of.mean(1).abs() > of.amax(1) - of.amin(1)
+        # Rounded to whole percents; 200,000 draws leave 3 standard errors of 0.3.
+        assert shows.double().mean().item() == pytest.approx(expected, abs=0.005 + 0.003)
+        few = [summary.Estimate(tuple(row), 0.0).shows != 0 for row in of[:500].tolist()]
+        assert few == shows[:500].tolist()
