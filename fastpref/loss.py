@@ -6,16 +6,15 @@ backend, or the definition itself.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, cast, overload
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
-import torch
 from torch import Tensor
 
 from fastpref import reference
 from fastpref.backends import TOKEN_STATS, HeadOptions, choose_backend
 from fastpref.backends.vocabulary_shards import Shards, VocabularyShards
+from fastpref.compiled import one_operator
 from fastpref.domains import Domain
 from fastpref.objectives import Objective
 from fastpref.output import PreferenceOutput
@@ -38,19 +37,6 @@ if TYPE_CHECKING:
 # Statistics of tokens that have a mean to report.
 _AVERAGED = ("entropy", "mean_logits", "is_top1")
 _BYTES = Domain(above=0, whole=True)
-_UNCOMPILED = (
-    "fastpref runs as it is, beside the graphs of torch.compile: in one its products would run at "
-    "another precision and hold more memory. Compile with fullgraph=False, or the model alone; "
-    "capturable=True goes into CUDA graphs without it"
-)
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def _eager(function: _F) -> _F:
-    """Keeps torch.compile out, which says why where it must not be."""
-    has_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # torch ≥ 2.7
-    how = {"reason": _UNCOMPILED} if has_reason else {}
-    return cast(_F, torch.compiler.disable(function, **how))
 
 
 class _How(TypedDict):
@@ -62,7 +48,7 @@ class _How(TypedDict):
     capturable: bool
 
 
-@_eager
+@one_operator
 def preference_loss(
     hidden: Tensor,  # (K·B, T, H), or (total, H) with cu_seqlens
     weight: Tensor,  # (V, H)
@@ -271,7 +257,7 @@ def preference_loss(
     )
 
 
-@_eager
+@one_operator
 def sequence_logps(
     hidden: Tensor,  # (S, T, H), or (total, H) with cu_seqlens
     weight: Tensor,  # (V, H)
@@ -379,7 +365,7 @@ def linear_logps(
     stats: Sequence[str],
     **options: Unpack[_Options],
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
-@_eager
+@one_operator
 def linear_logps(
     hidden: Tensor,  # (N, H), or any leading shape
     weight: Tensor,  # (V, H)

@@ -24,7 +24,8 @@ class PreferenceOutput:
             `logps/*` (nats), the objective's weights and balance; with `stats` also `entropy`
             (nats), `logits/chosen`, `logits/rejected`, and `mean_token_accuracy` (of chosen
             tokens, as TRL has it).
-        plan: the schedule that ran; `print(output.plan)` says why.
+        plan: the schedule that ran; `print(output.plan)` says why. None in a compiled graph, and of
+            `backend="reference"`.
     """
 
     loss: Tensor
