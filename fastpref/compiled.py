@@ -185,7 +185,13 @@ def _known(
 # --- when it runs -------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastpref::forward", mutates_args=())
+# What they keep from one to the other is no part of a CUDA graph (torch ≥ 2.9 can be told so).
+_TAGS: dict[str, Any] = (
+    {"tags": torch.Tag.cudagraph_unsafe} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
+
+
+@torch.library.custom_op("fastpref::forward", mutates_args=(), **_TAGS)
 def forward(
     function: str,
     layout: str,
@@ -240,7 +246,7 @@ def _(
     return [loss, losses, logps, lengths, empty(len(_split(names))), token]
 
 
-@torch.library.custom_op("fastpref::backward", mutates_args=())
+@torch.library.custom_op("fastpref::backward", mutates_args=(), **_TAGS)
 def backward(
     token: Tensor, upstream: Sequence[Tensor | None], sizes: Sequence[int], kinds: str
 ) -> list[Tensor]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
+from trl_runs import OURS, compare_runs, make_trainer, trained
 
 from fastpref import (
     DPO,
@@ -380,3 +381,12 @@ def test_the_operators_are_what_torch_takes_them_for(batch):
     torch.compile(step, fullgraph=True, backend=aot_autograd(fw_compiler=keep))(hidden, strided)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(compiled.forward, seen["forward"], test_utils=tests)
+
+
+def test_a_trainer_that_compiles(tiny_llama, pairs, tmp_path):
+    compiles = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    eager, one_graph = (
+        trained(make_trainer(OURS, tiny_llama, pairs, tmp_path, **options))
+        for options in ({}, compiles)
+    )
+    compare_runs(one_graph, eager, relative=1e-5)
