@@ -3,7 +3,7 @@
 PYTHON ?= python3.11
 BIN = .venv/bin
 
-.PHONY: demo test frameworks lint clean
+.PHONY: demo test frameworks deepspeed lint clean
 
 # torch first and pinned: anything that depends on it would otherwise fetch a CUDA build.
 .venv/installed: pyproject.toml constraints.txt
@@ -28,10 +28,19 @@ test: .venv/installed
 frameworks: .venv/installed .frameworks
 	FASTPREF_FRAMEWORKS=.frameworks $(BIN)/python -m pytest tests/test_frameworks.py
 
+# Its operators are compiled where they are used: nothing is built here. All else it imports is there.
+.deepspeed: constraints.txt
+	$(BIN)/pip install --quiet --no-deps --target $@ deepspeed==0.19.8 einops==0.8.2 \
+		hjson==3.1.0 msgpack==1.2.4 py-cpuinfo==9.0.0
+	touch $@
+
+deepspeed: .venv/installed .deepspeed
+	PYTHONPATH=$(CURDIR)/.deepspeed $(BIN)/python -m pytest -m deepspeed
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .frameworks demo-output
+	rm -rf .venv .frameworks .deepspeed demo-output

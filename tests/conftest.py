@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 # Nothing here may ask a model hub, and a request for one should fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -121,11 +122,14 @@ def pytest_configure(config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """GPU tests run where there is a GPU, or fail loudly where `-m gpu` asks for them."""
-    has_gpu = torch.accelerator.is_available() or "gpu" in (config.option.markexpr or "")
-    for item in items:
-        if "gpu" in item.keywords and not has_gpu:
-            item.add_marker(pytest.mark.skip(reason="no GPU"))
+    """Tests run where there is what they need, or fail loudly where `-m` asks for them."""
+    there = {"gpu": torch.accelerator.is_available(), "deepspeed": find_spec("deepspeed")}
+    for name, found in there.items():
+        if found or name in (config.option.markexpr or ""):
+            continue
+        for item in items:
+            if name in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=f"no {name}"))
 
 
 @pytest.fixture

@@ -221,9 +221,9 @@ def train_under_zero(rank, engine, output, steps, given):
     return run(rank, output, (steps,), given)
 
 
+@pytest.mark.deepspeed
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_zero(engine, alone, tiny_llama, pairs_file, tmp_path):
-    pytest.importorskip("deepspeed")
     given = {"model": str(tiny_llama), "data": pairs_file, "batch_size": 1, "grad_accum": 2}
     processes = Ranks(2)
     try:

@@ -431,8 +431,8 @@ def run_zero(rank, names, directory, tmp_path):
         unset_hf_deepspeed_config()
 
 
+@pytest.mark.deepspeed
 def test_zero3_trains_as_one_process(tiny_llama, pairs, tmp_path):
-    pytest.importorskip("deepspeed")
     one, many = tmp_path / "one", tmp_path / "many"
     for directory in (one, many):
         Dataset.from_list(pairs).save_to_disk(directory / "pairs")
