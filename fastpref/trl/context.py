@@ -1,4 +1,4 @@
-"""Context parallelism: ranks that share out the positions of every sequence (`cp_size`)."""
+"""Ranks that share out the positions of every sequence: `cp_size`, and DeepSpeed's `sp_size`."""
 
 from __future__ import annotations
 
@@ -10,55 +10,90 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from trl import DPOTrainer
 
 from fastpref.trl.collator import WHOLE, Whole
 
 
 class SharesPositions(DPOTrainer):
-    """A trainer whose batches accelerate may cut along their sequences, in a context of torch's.
+    """A trainer whose batches are cut along their sequences where accelerate's parallelism says so.
 
-    In it `input_ids`, attention mask and positions are this rank's; whatever is made of whole
-    sequences is made of a copy that the batch brings along.
+    Then `input_ids`, attention mask and positions are this rank's; whatever is made of whole
+    sequences is made of a copy that the batch brings along. With `cp_size` a context of torch's
+    cuts them, and each rank has a chunk and its mirror image; with `sp_size` each has one chunk,
+    and for attention DeepSpeed changes them for whole sequences of some of the heads.
     """
 
     model: Any
     ref_model: Any
     _sequence_group: Any = None  # the ranks that share out each sequence's positions
-    _cp_size = 1  # how many they are
+    _cp_size = _sp_size = 1  # how many they are; one of the two at most is above 1
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """With `sp_size`, neighbours load the same batch, as with the other parallelisms."""
+        super().create_accelerator_and_postprocess()
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and parallelism.sp_enabled and self.is_deepspeed_enabled:
+            self._sp_size = parallelism.sp_size
+            others = self.accelerator.num_processes // self._sp_size
+            # "tp" are ranks with one batch to accelerate, which has no name for those of sp_size.
+            self.accelerator.state.ds_device_mesh = init_device_mesh(
+                self.accelerator.device.type, (others, self._sp_size), mesh_dim_names=("dp", "tp")
+            )
+            # Which would hand out every neighbour's batch in turn.
+            self.accelerator.deepspeed_ulysses_dl_adapter = lambda loader, model: loader
+
+    def get_sp_size(self) -> int:
+        """How many batches Trainer counts for each of the loader's: they are not multiplied."""
+        return 1
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        return super().get_total_train_batch_size(args) // self._sp_size
 
     def _share_positions_out(self) -> None:
         """Among ranks, where accelerate's parallelism says so, and nothing speaks against it."""
         parallelism = self.accelerator.parallelism_config
         if parallelism is None or not (parallelism.cp_enabled or parallelism.sp_enabled):
             return
-        if parallelism.sp_enabled:
-            raise ValueError(
-                "sp_size shares positions out by DeepSpeed's Ulysses, whose attention is made for "
-                "as many sequences as a batch has rows, and a pair is two; use cp_size, or Ulysses "
-                "in a loop of your own with preference_loss(sequence_group=…)"
-            )
+        self._cp_size = parallelism.cp_size
         reasons = {
             "images, whose tokens stay together": self._is_vision_dataset,
             "a router's loss, which looks at all tokens of a batch": self.aux_loss_enabled,
             "an adapter that puts virtual tokens before a sequence": is_peft_model(self.model)
             and any(adapter.is_prompt_learning for adapter in self.model.peft_config.values()),
+            "an engine other than DeepSpeed, whose attention it is": parallelism.sp_enabled
+            and not self.is_deepspeed_enabled,
+            "layers that attend to a part of a sequence, which its masks would say, other than in "
+            "flash attention": parallelism.sp_enabled and _drops_windows(self.model.config),
         }
         for reason, found in reasons.items():
             if found:
-                raise ValueError(f"cp_size={parallelism.cp_size} does not go with {reason}")
-        self._cp_size = parallelism.cp_size
-        self._sequence_group = self.accelerator.torch_device_mesh["cp"].get_group()
+                raise ValueError(f"{self._option} does not go with {reason}")
         # Which accelerate does for a policy that it is about to train, and for nobody else.
-        self.accelerator._prepare_cp(*(m for m in (self.model, self.ref_model) if m is not None))
+        if parallelism.sp_enabled:
+            from fastpref.trl.ulysses import exchange_in_attention
+
+            self._sequence_group = exchange_in_attention(self.model, self._sp_size)
+        else:
+            self._sequence_group = self.accelerator.torch_device_mesh["cp"].get_group()
+            models = (m for m in (self.model, self.ref_model) if m is not None)
+            self.accelerator._prepare_cp(*models)
         pads: Any = self.data_collator
         if hasattr(pads, "pad_to_multiple_of"):
             pads.pad_to_multiple_of = math.lcm(self._chunks, pads.pad_to_multiple_of or 1)
 
     @property
+    def _option(self) -> str:
+        """Of accelerate's, that has ranks share positions out."""
+        parallelism = self.accelerator.parallelism_config
+        name = "sp_size" if parallelism.sp_enabled else "cp_size"
+        return f"{name}={getattr(parallelism, name)}"
+
+    @property
     def _chunks(self) -> int:
-        """Of a sequence that ranks share out: each has one and its mirror image."""
-        return 2 * self._cp_size
+        """Of a sequence that ranks share out."""
+        return self._sp_size if self._sp_size > 1 else 2 * self._cp_size
 
     @property
     def _sharing(self) -> int:
@@ -89,13 +124,18 @@ class SharesPositions(DPOTrainer):
         length = ids.shape[1]
         if length % self._chunks:
             raise ValueError(
-                f"cp_size={self._cp_size} shares out sequences in {self._chunks} equal chunks, and "
+                f"{self._option} shares out sequences in {self._chunks} equal chunks, and "
                 f"the batch has {length} tokens a row; have its collator pad to a multiple of "
                 f"{self._chunks}"
             )
         positions = torch.arange(length, device=ids.device).repeat(len(ids), 1)
-        more = {"position_ids": positions, WHOLE: Whole.of(inputs).clone()}
-        return super()._prepare_context_parallel_inputs(model, inputs | more)
+        whole = inputs | {"position_ids": positions, WHOLE: Whole.of(inputs).clone()}
+        if self._sp_size == 1:
+            return super()._prepare_context_parallel_inputs(model, whole)
+        rank = torch.distributed.get_rank(self._sequence_group)
+        cut = ("input_ids", "attention_mask", "position_ids")
+        here = {name: whole[name].chunk(self._sp_size, 1)[rank].contiguous() for name in cut}
+        return contextlib.nullcontext, whole | here
 
     def _here(self, whole: Tensor, inputs: dict[str, Any]) -> Tensor:
         """This rank's positions of `(S, T)`."""
@@ -112,3 +152,11 @@ class SharesPositions(DPOTrainer):
         whole.scatter_(1, inputs["position_ids"].to(whole.device), per_token)
         torch.distributed.all_reduce(whole, group=self._sequence_group)
         return whole
+
+
+def _drops_windows(config: Any) -> bool:
+    """Whether layers are told by a mask alone, which Ulysses drops, what not to look at."""
+    text = config.get_text_config()
+    layers = getattr(text, "layer_types", None)
+    windows = {*layers} - {"full_attention"} if layers else getattr(text, "sliding_window", None)
+    return bool(windows) and "flash" not in text._attn_implementation

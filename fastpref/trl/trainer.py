@@ -552,7 +552,7 @@ class PreferenceTrainer(SavesWholeModels, CountsOnce):
         if return_outputs:
             if self._sequence_group is not None:
                 raise ValueError(
-                    f"predictions are logits, of which cp_size={self._cp_size} leaves each rank a "
+                    f"predictions are logits, of which {self._option} leaves each rank a "
                     "part; evaluate with prediction_loss_only=True"
                 )
             model_inputs.pop(PACKING, None)  # predictions are the padded batch's

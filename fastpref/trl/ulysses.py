@@ -1,0 +1,49 @@
+"""DeepSpeed's Ulysses, attention in which ranks change positions for heads, for any batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.runtime.sequence_parallel import ulysses_sp
+from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+
+class AnyRows(UlyssesSPAttentionHF):
+    """Of DeepSpeed's, which takes as many sequences as its configuration says a batch has.
+
+    A pair is two, and an evaluation's batches have others. It exchanges in evaluation as well, where
+    accelerate would have each rank run a batch of its own.
+    """
+
+    groups: Any = None
+
+    def __init__(self, *args: Any, disable_in_eval: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+    def forward(self, module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.batch_size = len(query)
+        for shape in ("required_query_shape", "required_key_value_shape", "required_context_shape"):
+            length, _, *rest = getattr(self, shape)
+            setattr(self, shape, torch.Size([length, len(query), *rest]))
+        return super().forward(module, query, *args, **kwargs)
+
+    @classmethod
+    def register_with_transformers(cls, *_: Any, **__: Any) -> Any:
+        """What accelerate asks for as it prepares a policy, and `exchange_in_attention` has done."""
+        return cls.groups
+
+
+def exchange_in_attention(model: Any, ranks: int) -> Any:
+    """Has attention like the model's exchange among so many neighbours; their process group.
+
+    It holds for a process, and DeepSpeed refuses a second time.
+    """
+    ulysses_sp.UlyssesSPAttentionHF = AnyRows  # looked up there, to be registered
+    AnyRows.groups = UlyssesSPAttentionHF.register_with_transformers(
+        model,
+        core_attn_implementation=model.config.get_text_config()._attn_implementation,
+        sequence_parallel_size=ranks,
+        micro_batch_size=1,
+    )
+    return AnyRows.groups.get_sequence_parallel_group()
