@@ -1,6 +1,7 @@
 """Gloo processes on this machine, each importing torch once for all tests of a run."""
 
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -82,6 +83,15 @@ def _serve(rank, world, store, pipe):
         except BaseException:
             answer = None, traceback.format_exc()
         pipe.send(answer)
+
+
+def start_deepspeed():
+    """Has this process's DeepSpeed run on its gloo group, without what it compiles for a minute."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": os.environ["WORLD_SIZE"]}
+    import deepspeed
+
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    deepspeed.init_distributed("gloo")
 
 
 def _forget_accelerate():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import Ranks
+from ranks import Ranks, start_deepspeed
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import distributed, nn
@@ -211,10 +211,9 @@ def test_an_engine_that_is_not_there():
 
 
 def train_under_zero(rank, engine, output, steps, given):
-    import deepspeed.comm.torch  # noqa: F401
     from accelerate import PartialState
 
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # a minute of compiling
+    start_deepspeed()
     wanted = ("ACCELERATE", "FSDP")
     os.environ |= {k: v for k, v in environment_of(engine).items() if k.startswith(wanted)}
     PartialState(backend="gloo")  # which accelerate gives DeepSpeed on GPUs alone

@@ -21,7 +21,7 @@ from accelerate.utils.fsdp_utils import (
 )
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig
-from ranks import Ranks
+from ranks import Ranks, start_deepspeed
 from torch import distributed, nn
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
@@ -413,7 +413,7 @@ ZERO = ["modules_to_save, recomputed", "DoRA on the head"]
 
 
 def run_zero(rank, names, directory, tmp_path):
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(distributed.get_world_size())}
+    start_deepspeed()
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}  # shards small tensors too
     config = {
         "zero_optimization": zero,

@@ -11,9 +11,11 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from transformers.utils.generic import is_flash_attention_requested
 from trl import DPOTrainer
 
 from fastpref.trl.collator import WHOLE, Whole
+from fastpref.trl.packing import layer_types
 
 
 class SharesPositions(DPOTrainer):
@@ -62,26 +64,47 @@ class SharesPositions(DPOTrainer):
             "a router's loss, which looks at all tokens of a batch": self.aux_loss_enabled,
             "an adapter that puts virtual tokens before a sequence": is_peft_model(self.model)
             and any(adapter.is_prompt_learning for adapter in self.model.peft_config.values()),
-            "an engine other than DeepSpeed, whose attention it is": parallelism.sp_enabled
-            and not self.is_deepspeed_enabled,
-            "layers that attend to a part of a sequence, which its masks would say, other than in "
-            "flash attention": parallelism.sp_enabled and _drops_windows(self.model.config),
         }
+        if parallelism.sp_enabled:
+            reasons |= self._against_ulysses()
         for reason, found in reasons.items():
             if found:
                 raise ValueError(f"{self._option} does not go with {reason}")
-        # Which accelerate does for a policy that it is about to train, and for nobody else.
         if parallelism.sp_enabled:
             from fastpref.trl.ulysses import exchange_in_attention
 
             self._sequence_group = exchange_in_attention(self.model, self._sp_size)
         else:
             self._sequence_group = self.accelerator.torch_device_mesh["cp"].get_group()
-            models = (m for m in (self.model, self.ref_model) if m is not None)
-            self.accelerator._prepare_cp(*models)
+            # Which accelerate does for a policy that it is about to train, and for nobody else.
+            self.accelerator._prepare_cp(*self._models)
         pads: Any = self.data_collator
         if hasattr(pads, "pad_to_multiple_of"):
             pads.pad_to_multiple_of = math.lcm(self._chunks, pads.pad_to_multiple_of or 1)
+
+    def _against_ulysses(self) -> dict[str, bool]:
+        """It stands in for one of transformers' attentions, by name, and drops its masks."""
+        configs = [model.config.get_text_config() for model in self._models]
+        flash = all(is_flash_attention_requested(config) for config in configs)
+        kept = {"full_attention", "sliding_attention"} if flash else {"full_attention"}
+        lost = set().union(*(layer_types(config) for config in configs)) - kept
+        return {
+            "an engine other than DeepSpeed": not self.is_deepspeed_enabled,
+            f"layers of type {', '.join(sorted(lost))}": bool(lost),
+            "a model whose attention is not one of transformers'": not all(
+                model._supports_attention_backend for model in self._models
+            ),
+            "a reference with another attention than the policy's": len(
+                {config._attn_implementation for config in configs}
+            )
+            > 1,
+        }
+
+    @property
+    def _models(self) -> list[Any]:
+        """The policy, and the reference where there is one, out of what an engine makes of it."""
+        there = (model for model in (self.model, self.ref_model) if model is not None)
+        return [getattr(model, "module", model) for model in there]
 
     @property
     def _option(self) -> str:
@@ -152,11 +175,3 @@ class SharesPositions(DPOTrainer):
         whole.scatter_(1, inputs["position_ids"].to(whole.device), per_token)
         torch.distributed.all_reduce(whole, group=self._sequence_group)
         return whole
-
-
-def _drops_windows(config: Any) -> bool:
-    """Whether layers are told by a mask alone, which Ulysses drops, what not to look at."""
-    text = config.get_text_config()
-    layers = getattr(text, "layer_types", None)
-    windows = {*layers} - {"full_attention"} if layers else getattr(text, "sliding_window", None)
-    return bool(windows) and "flash" not in text._attn_implementation

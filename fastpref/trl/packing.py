@@ -165,7 +165,7 @@ class Packing:
         prompt_of = torch.tensor([-1 if p is None else p for p in self.pieces.continued])
         piece = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
         prompt = prompt_of.repeat_interleave(lengths).to(device)
-        kinds = _layer_types(config)
+        kinds = layer_types(config)
 
         def mask(kind: str) -> Any:
             near = _NEAR[kind](config)
@@ -257,7 +257,7 @@ _NEAR: dict[str, Callable[[Any], Callable[[Tensor, Tensor], Tensor]]] = {
 }
 
 
-def _layer_types(config: Any) -> set[str]:
+def layer_types(config: Any) -> set[str]:
     if types := getattr(config, "layer_types", None):
         return set(types)
     if getattr(config, "sliding_window", None) is not None:
@@ -303,7 +303,7 @@ def prepare_packing(model: PreTrainedModel | PeftModel, *, share: bool) -> None:
             "takes none; load the model with attn_implementation='sdpa' or 'flex_attention'"
         )
     refusal = f"{_options(share)} cannot be had with {family_of(inner)}"
-    if not flash and (unknown := _layer_types(config) - _NEAR.keys()):
+    if not flash and (unknown := layer_types(config) - _NEAR.keys()):
         raise ValueError(
             f"{refusal}: no attention mask keeps sequences apart in its layers of type "
             f"{', '.join(sorted(unknown))}"
@@ -326,7 +326,7 @@ _OF_LONG_ROWS = ("attn_temperature_tuning", "index_topk")
 
 def _windows(config: Any) -> set[int | None]:
     """Sliding windows of the layers, None of one without; empty if some attend in another way."""
-    kinds = _layer_types(config)
+    kinds = layer_types(config)
     if not kinds <= {"full_attention", "sliding_attention"}:
         return set()
     return {config.sliding_window if kind == "sliding_attention" else None for kind in kinds}

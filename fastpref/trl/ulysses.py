@@ -12,8 +12,8 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 class AnyRows(UlyssesSPAttentionHF):
     """Of DeepSpeed's, which takes as many sequences as its configuration says a batch has.
 
-    A pair is two, and an evaluation's batches have others. It exchanges in evaluation as well, where
-    accelerate would have each rank run a batch of its own.
+    A pair is two, and an evaluation's batches have others. It exchanges in evaluation as well,
+    where accelerate would have each rank run a batch of its own.
     """
 
     groups: Any = None
@@ -30,7 +30,7 @@ class AnyRows(UlyssesSPAttentionHF):
 
     @classmethod
     def register_with_transformers(cls, *_: Any, **__: Any) -> Any:
-        """What accelerate asks for as it prepares a policy, and `exchange_in_attention` has done."""
+        """For accelerate, which asks as it prepares a policy: `exchange_in_attention` has done it."""
         return cls.groups
 
 
