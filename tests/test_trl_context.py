@@ -1,18 +1,28 @@
 """Training with the positions of every sequence shared out over ranks is training as one process.
 
-accelerate refuses context parallelism on a CPU, and torch's ring attention has no kernel there: the
-refusal is lifted, and attention looks at gathered keys and values. All else is as on a GPU: who
-gets which batch, who shares out what, and whose gradients are averaged.
+accelerate refuses `cp_size` on a CPU, and torch's ring attention has no kernel there: the refusal
+is lifted, and attention looks at gathered keys and values. All else is as on a GPU: who gets which
+batch, who shares out what, and whose gradients are averaged. With `sp_size` all of it is.
 """
+
+import contextlib
 
 import pytest
 import torch
 from accelerate import ParallelismConfig
 from peft import LoraConfig, PromptTuningConfig
+from ranks import Ranks, start_deepspeed
 from torch import distributed
-from transformers import AttentionInterface
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from trl_runs import OURS, compare_runs, make_trainer, trained
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from trl_runs import OURS, TINY, compare_runs, make_trainer, trained, trained_weights
 
 CASES = {
     "unidpo": {"objective": "unidpo", "gradient_accumulation_steps": 2},
@@ -92,13 +102,18 @@ def is_as_one_process(ranks, name, directory, pairs, tmp_path):
     whole = make_trainer(OURS, directory, pairs, tmp_path, **options)
     before = whole.evaluate()
     before.pop("eval_rewards/accuracies")  # the policy is its reference: of rounding
-    *expected, evaluated = *trained(whole), [before, whole.evaluate()]
-    for *found, their_before, theirs in ranks.run(run, name, directory, pairs, tmp_path):
-        compare_runs(found, expected, relative=1e-4)
-        for mine, other in zip((their_before, theirs), evaluated, strict=True):
-            for metric, value in other.items():
-                if not metric.endswith(("time", "per_second")):
-                    assert mine[metric] == pytest.approx(value, rel=1e-4, abs=1e-4), metric
+    expected = *trained(whole), before, whole.evaluate()
+    for found in ranks.run(run, name, directory, pairs, tmp_path):
+        compare(found, expected)
+
+
+def compare(found, expected):
+    """Two runs' logs, weights, and evaluations."""
+    compare_runs(found[:2], expected[:2], relative=1e-4)
+    for evaluated, theirs in zip(found[2:], expected[2:], strict=True):
+        for metric, value in theirs.items():
+            if not metric.endswith(("time", "per_second")):
+                assert evaluated[metric] == pytest.approx(value, rel=1e-4, abs=1e-4), metric
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -135,7 +150,7 @@ REFUSALS = {
     "packing": ({"padding_free": True}, "padding_free packs a row that context parallelism"),
     "collator": ({}, "cp_size=2 shares out sequences in 4 equal chunks, and the batch has"),
     "predictions": ({}, "predictions are logits, of which cp_size=2 leaves each rank a part"),
-    "ulysses": ({}, "sp_size shares positions out by DeepSpeed's Ulysses"),
+    "ulysses": ({}, "sp_size=2 does not go with an engine other than DeepSpeed"),
 }
 
 
@@ -164,3 +179,146 @@ def test_numbers_that_are_not_finite_are_told_of_whole_pairs(
     first, second = two_ranks.run(broken, tiny_llama, pairs, tmp_path)
     assert first == second
     assert "why is the" in first or "how" in first, first
+
+
+# --- DeepSpeed's Ulysses --------------------------------------------------------------------------
+
+ULYSSES = CASES | {
+    "epochs": {
+        "objective": "dpo",
+        "max_steps": -1,
+        "num_train_epochs": 2,
+        "gradient_accumulation_steps": 4,
+        "gradient_checkpointing": True,
+        "max_grad_norm": 0.5,
+    }
+}
+STAGES = {"unidpo": 2, "mixture": 3, "precomputed": 1, "lora": 2, "epochs": 1}  # of ZeRO
+
+
+@contextlib.contextmanager
+def ulysses():
+    """What DeepSpeed and transformers keep for a process's life they keep for these lines."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp, ulysses_sp
+    from deepspeed.utils import groups
+
+    start_deepspeed()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ALL_ATTENTION_FUNCTIONS, "_local_mapping", {})
+        patch.setattr(ulysses_sp, "UlyssesSPAttentionHF", ulysses_sp.UlyssesSPAttentionHF)
+        patch.setattr(groups, "mpu", None)
+        for name in ("_SEQUENCE_PARALLEL_GROUP", "_SEQUENCE_DATA_PARALLEL_GROUP"):
+            patch.setattr(parallel_state_sp, name, None)
+        yield
+    unset_hf_deepspeed_config()
+
+
+@pytest.fixture(scope="module")
+def deepspeed_ranks():
+    """Of their own: what DeepSpeed sets, it sets for a process's life."""
+    processes = {"two": Ranks(2), "four": Ranks(4)}
+    yield processes
+    for each in processes.values():
+        each.stop()
+
+
+def exchanging(stage, directory, pairs, tmp_path, zero=None, **options):
+    """A trainer whose sequences are shared out over two ranks of DeepSpeed's."""
+    small = {"stage3_param_persistence_threshold": 0}  # tensors are sharded too
+    config = {
+        "zero_optimization": {"stage": stage, **small, **(zero or {})},
+        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+    batches = distributed.get_world_size() // 2
+    parallelism = ParallelismConfig(sp_size=2, dp_shard_size=batches)
+    options |= {"deepspeed": config, "parallelism_config": parallelism}
+    options["per_device_train_batch_size"] = 2 // batches
+    return make_trainer(OURS, directory, pairs, tmp_path, **options)
+
+
+def run_ulysses(rank, names, directory, pairs, tmp_path):
+    import deepspeed
+
+    runs = []
+    for name in names:
+        options = {"max_grad_norm": 0.0, "eval_pairs": pairs[:3], **ULYSSES[name]}
+        with ulysses():
+            trainer = exchanging(STAGES[name], directory, pairs, tmp_path / name, **options)
+            logs, _ = trained(trainer)
+            shared_out = [p for p in trainer.model.parameters() if hasattr(p, "ds_id")]
+            with deepspeed.zero.GatheredParameters(shared_out):
+                weights = trained_weights(trainer)
+            runs.append((logs, weights, trainer.evaluate()))
+    return runs
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize(("group", "names"), [("two", [*ULYSSES]), ("four", ["precomputed"])])
+def test_ulysses_trains_as_one_process(group, names, deepspeed_ranks, tiny_llama, pairs, tmp_path):
+    ranks = deepspeed_ranks[group].run(run_ulysses, names, tiny_llama, pairs, tmp_path, seconds=200)
+    for name, *found in zip(names, *ranks, strict=True):
+        options = {"max_grad_norm": 0.0, "eval_pairs": pairs[:3], **ULYSSES[name]}
+        whole = make_trainer(OURS, tiny_llama, pairs, tmp_path / "one", **options)
+        expected = *trained(whole), whole.evaluate()
+        for each in found:
+            compare(each, expected)
+
+
+def windows(directory):
+    model = MistralForCausalLM(MistralConfig(**TINY, sliding_window=4))
+    return {"model": model, "objective": "simpo"}
+
+
+def other_attention(directory):
+    eager = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    return {"ref_model": eager}
+
+
+def bypassing(directory):
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model._supports_attention_backend = False
+    return {"model": model}
+
+
+def sums_and_means(directory):
+    return {"zero": {"stage": 3, "reduce_scatter": False}}
+
+
+REFUSED_BY_ULYSSES = {
+    sums_and_means: "sp_size=2 does not go with ZeRO-3 without reduce_scatter",
+    windows: "sp_size=2 does not go with layers of type sliding_attention",
+    other_attention: "sp_size=2 does not go with a reference with another attention",
+    bypassing: "sp_size=2 does not go with a model whose attention is not one of transformers'",
+}
+
+
+def refused_by_ulysses(rank, directory, pairs, tmp_path):
+    found = []
+    for options in REFUSED_BY_ULYSSES:
+        with ulysses():
+            try:
+                given = {"objective": "dpo"} | options(directory)
+                exchanging(2, directory, pairs, tmp_path, **given)
+            except ValueError as error:
+                found.append(str(error))
+    with ulysses():
+        trainer = exchanging(2, directory, pairs, tmp_path, objective="dpo")
+        trainer.data_collator.collator.pad_to_multiple_of = 3
+        try:
+            trainer.train()
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.deepspeed
+def test_what_ulysses_would_get_wrong_is_refused(deepspeed_ranks, tiny_llama, pairs, tmp_path):
+    uneven = "sp_size=2 shares out sequences in 2 equal chunks, and the batch has"
+    expected = [*REFUSED_BY_ULYSSES.values(), uneven]
+    for found in deepspeed_ranks["two"].run(refused_by_ulysses, tiny_llama, pairs, tmp_path):
+        assert len(found) == len(expected)
+        for text, beginning in zip(found, expected, strict=True):
+            assert text.startswith(beginning)

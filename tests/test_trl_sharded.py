@@ -6,7 +6,6 @@ own function, or torch's, and stepped by hand. In float64, where every engine is
 
 import copy
 import functools
-import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 

@@ -66,8 +66,12 @@ def trained(trainer):
     """Logs and trained weights of a run."""
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    state = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-    return logs, state
+    return logs, trained_weights(trainer)
+
+
+def trained_weights(trainer):
+    parameters = trainer.model.named_parameters()
+    return {name: p.detach().clone() for name, p in parameters if p.requires_grad}
 
 
 def compare_runs(ours, theirs, *, relative, but=()):

@@ -31,6 +31,7 @@ class SharesPositions(DPOTrainer):
     ref_model: Any
     _sequence_group: Any = None  # the ranks that share out each sequence's positions
     _cp_size = _sp_size = 1  # how many they are; one of the two at most is above 1
+    _averages = 1  # over how many of them the engine averages gradients, whose sum is wanted
 
     def create_accelerator_and_postprocess(self) -> None:
         """With `sp_size`, neighbours load the same batch, as with the other parallelisms."""
@@ -74,10 +75,13 @@ class SharesPositions(DPOTrainer):
             from fastpref.trl.ulysses import exchange_in_attention
 
             self._sequence_group = exchange_in_attention(self.model, self._sp_size)
+            # Other stages add up over them, and average over the others.
+            self._averages = self._sp_size if self._is_zero3 else 1
         else:
             self._sequence_group = self.accelerator.torch_device_mesh["cp"].get_group()
             # Which accelerate does for a policy that it is about to train, and for nobody else.
             self.accelerator._prepare_cp(*self._models)
+            self._averages = self._cp_size
         pads: Any = self.data_collator
         if hasattr(pads, "pad_to_multiple_of"):
             pads.pad_to_multiple_of = math.lcm(self._chunks, pads.pad_to_multiple_of or 1)
@@ -85,20 +89,31 @@ class SharesPositions(DPOTrainer):
     def _against_ulysses(self) -> dict[str, bool]:
         """It stands in for one of transformers' attentions, by name, and drops its masks."""
         configs = [model.config.get_text_config() for model in self._models]
+        attentions = {config._attn_implementation for config in configs}
         flash = all(is_flash_attention_requested(config) for config in configs)
         kept = {"full_attention", "sliding_attention"} if flash else {"full_attention"}
         lost = set().union(*(layer_types(config) for config in configs)) - kept
+        scatters = self._zero.get("reduce_scatter", True)
+        quantises = self._zero.get("zero_quantized_gradients", False)
         return {
             "an engine other than DeepSpeed": not self.is_deepspeed_enabled,
+            "ZeRO-3 without reduce_scatter, or with zero_quantized_gradients: its gradients are "
+            "sums in one place, means in another": self._is_zero3 and (not scatters or quantises),
             f"layers of type {', '.join(sorted(lost))}": bool(lost),
             "a model whose attention is not one of transformers'": not all(
                 model._supports_attention_backend for model in self._models
             ),
-            "a reference with another attention than the policy's": len(
-                {config._attn_implementation for config in configs}
-            )
-            > 1,
+            "a reference with another attention than the policy's": len(attentions) > 1,
         }
+
+    @property
+    def _zero(self) -> dict[str, Any]:
+        plugin = self.accelerator.state.deepspeed_plugin
+        return {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
+
+    @property
+    def _is_zero3(self) -> bool:
+        return self._zero.get("stage") == 3
 
     @property
     def _models(self) -> list[Any]:

@@ -85,8 +85,8 @@ class PreferenceTrainer(SavesWholeModels, CountsOnce):
     keeps its own, and counts as often as it has pairs. TRL takes the mean of the batches' means,
     which is the same where they are equally large.
 
-    With accelerate's `cp_size` each rank has a part of every sequence's positions, a live
-    reference's too; numbers are those of whole sequences.
+    With accelerate's `cp_size`, or its `sp_size` under DeepSpeed, each rank has a part of every
+    sequence's positions, a live reference's too; numbers are those of whole sequences.
 
     Of each step the processes agree on what it takes, and on what stops it:
 
@@ -119,9 +119,10 @@ class PreferenceTrainer(SavesWholeModels, CountsOnce):
             the objective does not take; `objective` and `args` contradict each other; the
             objective has no reference, and `ref_model` or `sync_ref_model` is given; the model's
             own logits are not made by its head (see `add_loss_head`); packing was asked for, and
-            the model, the adapter, images or context parallelism do not allow it; `cp_size` with
-            images, a router's loss, virtual tokens or predictions; DeepSpeed's `sp_size`; DeepSpeed
-            is to skip steps.
+            the model, the adapter, images or context parallelism do not allow it; `cp_size` or
+            `sp_size` with images, a router's loss, virtual tokens or predictions; `sp_size` with
+            another engine than DeepSpeed or attention that its Ulysses would change; DeepSpeed is
+            to skip steps.
         FloatingPointError: in training, of numbers that are not finite.
         RuntimeError: in training, of another process's batches.
     """
@@ -447,8 +448,8 @@ class PreferenceTrainer(SavesWholeModels, CountsOnce):
         share = len(inputs["completion_mask"]) // 2 * batches / num_items_in_batch
         loss = found[0] if return_outputs else found
         loss = loss * share
-        if self._cp_size > 1:  # of a sum over these ranks FSDP makes a mean
-            loss = loss * self._cp_size - (loss * (self._cp_size - 1)).detach()
+        if self._averages > 1:
+            loss = loss * self._averages - (loss * (self._averages - 1)).detach()
         return (loss, found[1]) if return_outputs else loss
 
     def _objective_of_step(self) -> Objective:

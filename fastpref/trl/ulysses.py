@@ -30,7 +30,7 @@ class AnyRows(UlyssesSPAttentionHF):
 
     @classmethod
     def register_with_transformers(cls, *_: Any, **__: Any) -> Any:
-        """For accelerate, which asks as it prepares a policy: `exchange_in_attention` has done it."""
+        """For accelerate, which asks as it prepares a policy, when all has long been registered."""
         return cls.groups
 
 
