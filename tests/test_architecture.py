@@ -114,7 +114,14 @@ RULES = (
     Rule(
         "trl is an adapter: it imports the core and what TRL stands on",
         of=("fastpref.trl",),
+        but=("fastpref.trl.ulysses",),
         others=("torch", "transformers", "trl", "accelerate", "datasets", "peft", "packaging"),
+    ),
+    Rule(
+        "DeepSpeed, which need not be there, is imported where its attention is",
+        of=("fastpref.trl.ulysses",),
+        ours=(),
+        others=("torch", "deepspeed"),
     ),
 )
 

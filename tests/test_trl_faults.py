@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from trl_runs import OURS, make_trainer
 
 import fastpref
+from fastpref.trl.faults import resumable
 
 CHECKPOINTS = {"save_strategy": "steps", "save_steps": 1}
 LIMIT = 240  # seconds for what takes ten
@@ -232,6 +233,67 @@ def test_sigterm_saves_and_stops(at_once, uninterrupted, tiny_llama, pairs, tmp_
     assert same(weights(resumed), weights(uninterrupted))
 
 
+WRITES = ("save_model", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state")
+
+
+def while_writing(trainer, step, action):
+    """Before the checkpoint of a step is begun, and after each of its parts: action(part)."""
+
+    def then(name, stock):
+        def write(*args, **kwargs):
+            if trainer.state.global_step != step:
+                return stock(*args, **kwargs)
+            if name == WRITES[0]:
+                action("nothing")
+            stock(*args, **kwargs)
+            return action(name)
+
+        return write
+
+    for name in WRITES:
+        setattr(trainer, name, then(name, getattr(trainer, name)))
+
+
+@pytest.mark.parametrize("left", ["nothing", "an older run's", "an older run's unfinished"])
+def test_a_run_that_ends_as_it_writes(left, uninterrupted, tiny_llama, pairs, tmp_path):
+    """At each moment of it, the checkpoint before is the one to resume from."""
+    out = tmp_path / "whole" / "out"
+    for step in range(2 if left == "nothing" else 3, 5):
+        shutil.rmtree(out / f"checkpoint-{step}")
+    if left.endswith("unfinished"):
+        Path(out, "checkpoint-2", "checkpoint-is-incomplete.txt").touch()
+    last, found = Path(resumable(True, str(out))).name, []
+    assert (last == "checkpoint-2") == (left == "an older run's")
+    options = {"gradient_accumulation_steps": 2, "max_steps": 4, **CHECKPOINTS}
+    trainer = make_trainer(OURS, tiny_llama, pairs, tmp_path / "whole", **options)
+    while_writing(trainer, 2, lambda _: found.append(Path(resumable(True, str(out))).name))
+    trainer.add_callback(At(3, lambda: found.append(Path(resumable(True, str(out))).name)))
+    trainer.train(resume_from_checkpoint=str(out / "checkpoint-1"))
+    assert found == ["checkpoint-1"] * (1 + len(WRITES)) + ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("part", WRITES)
+def test_sigterm_as_a_checkpoint_is_written(
+    part, at_once, uninterrupted, tiny_llama, pairs, tmp_path
+):
+    """It is written to its end; the next step is the last."""
+
+    def write_and_be_told(trainer):
+        while_writing(trainer, 2, lambda done: done == part and told_to_end(trainer))
+
+    stopped = run_of(
+        tiny_llama, pairs, tmp_path / "cut", action=write_and_be_told, enable_jit_checkpoint=True
+    )
+    assert stopped.state.global_step == 3
+    out = tmp_path / "cut" / "out"
+    for step in (3, 2):
+        assert resumable(True, str(out)) == str(out / f"checkpoint-{step}")
+        resumed = run_of(tiny_llama, pairs, tmp_path / "cut", resume=True)
+        assert same(weights(resumed), weights(uninterrupted))
+        for later in range(step, 5):
+            shutil.rmtree(out / f"checkpoint-{later}")
+
+
 # --- streams ------------------------------------------------------------------------------------
 
 
@@ -312,6 +374,20 @@ def of_ranks(rank, directory, pairs, tmp_path):
     found["sigterm"] = trainer.state.global_step
     resumed = run_of(directory, pairs, tmp_path / "cut", resume=True, save_steps=100)
     found["resumed"] = weights(whole), weights(resumed)
+
+    def write_and_be_told(trainer):
+        def tell(done):
+            if rank == 1 and done == "_save_optimizer_and_scheduler":
+                told_to_end(trainer)
+
+        while_writing(trainer, 2, tell)
+
+    options = {"action": write_and_be_told, "enable_jit_checkpoint": True}
+    trainer = run_of(directory, pairs, tmp_path / "written", **options)
+    found["written"] = trainer.state.global_step
+    for step in (2, 3):
+        path = tmp_path / "written" / "out" / f"checkpoint-{step}"
+        resumable(str(path), "")
     return found
 
 
@@ -336,6 +412,7 @@ def test_two_ranks(two_ranks, tiny_llama, pairs, tmp_path):
         assert found["stream"][0] == 3
         assert "gives ranks [0] 1 batches and the others more" in found["evaluation"]
         assert found["sigterm"] == 2
+        assert found["written"] == 3
         whole, resumed = found["resumed"]
         for name, value in whole.items():
             torch.testing.assert_close(resumed[name], value, rtol=1e-5, atol=1e-6)

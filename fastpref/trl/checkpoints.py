@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOTrainer
 
 from fastpref.trl.faults import (
@@ -13,6 +15,7 @@ from fastpref.trl.faults import (
     finite_weights,
     keep_pairs_per_step,
     resumable,
+    unfinish,
 )
 
 
@@ -32,8 +35,11 @@ class SavesWholeModels(DPOTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        place = f"the checkpoint of step {self.state.global_step}"
-        check_before_save(self.model, place, self.args.device)
+        step = self.state.global_step
+        check_before_save(self.model, f"the checkpoint of step {step}", self.args.device)
+        if self.args.should_save:
+            unfinish(Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{step}"))
+        self.accelerator.wait_for_everyone()  # nobody writes into one that counts as whole
         keep_pairs_per_step(self.state, self.get_total_train_batch_size(self.args))
         super()._save_checkpoint(model, trial)
 

@@ -182,6 +182,12 @@ def _is_complete(checkpoint: Path) -> bool:
     return True
 
 
+def unfinish(checkpoint: Path) -> None:
+    """Has an older run's, about to be written over, count as unfinished until that is done."""
+    for name in (_STATE, _UNFINISHED):
+        (checkpoint / name).unlink(missing_ok=True)
+
+
 def keep_pairs_per_step(state: TrainerState, pairs: int) -> None:
     """Has the next checkpoint say how many pairs a step takes, of all processes."""
     kept: Any = state.stateful_callbacks
