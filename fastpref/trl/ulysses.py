@@ -10,16 +10,12 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
 
 class AnyRows(UlyssesSPAttentionHF):
-    """Of DeepSpeed's, which takes as many sequences as its configuration says a batch has.
+    """DeepSpeed's, which takes as many sequences as its configuration says a batch has.
 
-    A pair is two, and an evaluation's batches have others. It exchanges in evaluation as well,
-    where accelerate would have each rank run a batch of its own.
+    A pair is two, and an evaluation's batches have others.
     """
 
     groups: Any = None
-
-    def __init__(self, *args: Any, disable_in_eval: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
 
     def forward(self, module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.batch_size = len(query)
@@ -30,7 +26,10 @@ class AnyRows(UlyssesSPAttentionHF):
 
     @classmethod
     def register_with_transformers(cls, *_: Any, **__: Any) -> Any:
-        """For accelerate, which asks as it prepares a policy, when all has long been registered."""
+        """What accelerate asks for as it prepares a policy: all is registered by then.
+
+        It would have no exchange in evaluation, where its ranks run batches of their own.
+        """
         return cls.groups
 
 
