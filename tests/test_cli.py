@@ -278,6 +278,13 @@ def test_every_number_of_a_run_has_its_bounds(name, values, tiny_llama, pairs_fi
     assert f"{name} must be" in result.output
 
 
+def test_adapters_have_a_learning_rate_of_their_own(pairs_file, tmp_path):
+    given = "model", pairs_file, tmp_path
+    assert TrainSettings(*given).learning_rate == 1e-6
+    assert TrainSettings(*given, lora=True).learning_rate == 2e-4
+    assert TrainSettings(*given, lora=True, learning_rate=1e-5).learning_rate == 1e-5
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

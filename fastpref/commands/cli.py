@@ -128,7 +128,10 @@ def train_command(
     max_steps: Annotated[
         int, _run_option("Weight updates, whatever --epochs says; -1 for --epochs.")
     ] = -1,
-    learning_rate: Annotated[float, _run_option("Peak of the cosine schedule.")] = 1e-6,
+    learning_rate: Annotated[
+        float | None,
+        _run_option("Peak of the cosine schedule; if not given 1e-6, with --lora 2e-4."),
+    ] = None,
     batch_size: Annotated[int, _run_option("Pairs a device and batch.")] = 2,
     grad_accum: Annotated[int, _run_option("Batches a weight update.")] = 1,
     max_length: Annotated[
