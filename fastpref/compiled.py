@@ -1,9 +1,10 @@
 """torch.compile: a call of a public function is one operator of the graph, its backward another.
 
-The operator runs the function itself, so a compiled step multiplies and holds what an eager one
-does; what it keeps for the backward stays outside the graph. Its arguments are tensors and a text
-of all others. An objective is found again by a number, which a guard of torch.compile's ties to
-the very object that was given.
+The operator runs the function itself, so a compiled step multiplies what an eager one does. What it
+keeps for the backward stays outside the graph, which is therefore free to write over its arguments:
+they are copied, parameters excepted. Its arguments are tensors and a text of all others. An
+objective is found again by a number, which a guard of torch.compile's ties to the very object that
+was given.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from fastpref.output import PreferenceOutput
 _ALONE = (
     "fastpref runs this call beside the graphs of torch.compile. In a graph, which fullgraph=True "
     "asks for, it takes plain tensors, no process group, no weight_grad, and an objective that has "
-    "nothing to train and is made outside of the compiled function. What else is wrong with the "
-    "arguments is said without fullgraph"
+    "nothing to train, is made outside of the compiled function and takes a batch of two prompts, "
+    "all ones. What else is wrong with the arguments is said without fullgraph"
 )
 _PLAIN = (Tensor, torch.nn.Parameter)
 _CONSTANTS = (bool, int, float, str, type(None))
-_TENSOR = "<tensor>"
-_NOT_LITERAL = ("inf", "-inf", "nan")
+_TENSOR, _INTEGER, _NUMBER = "<tensor>", "<integer>", "<number>"
+_DIFFERENTIATED = ("hidden", "weight", "bias", "frozen_weight", "frozen_scale")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _functions: dict[str, Callable[..., Any]] = {}
 _objectives: weakref.WeakValueDictionary[str, Objective] = weakref.WeakValueDictionary()
-_count = itertools.count()
+_numbers, _tokens = itertools.count(), itertools.count()
 # Of forwards whose backward may come: results, leaves, and what is gone once it cannot come.
 _states: dict[int, tuple[list[Tensor], list[Tensor], StorageWeakRef]] = {}
 
@@ -55,7 +56,7 @@ def one_operator(function: _F) -> _F:
 
     @functools.wraps(function)
     def entered(*given: Any, **named: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() and len(given) <= len(places):
+        if torch.compiler.is_dynamo_compiling() and not _exports() and len(given) <= len(places):
             arguments = {**named, **dict(zip(places, given, strict=False))}
             if len(arguments) == len(given) + len(named) and _fits(arguments):
                 found = traced(arguments)
@@ -69,38 +70,53 @@ def one_operator(function: _F) -> _F:
 # --- traced by torch.compile --------------------------------------------------------------------
 
 
+def _exports() -> bool:
+    """Whether the graph is to be run elsewhere, where there is none of these objects."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
 def _fits(arguments: Mapping[str, Any]) -> bool:
     """Whether an operator can have them; what is wrong with them the function itself says."""
-    plain = ("hidden", "weight", "targets")
-    if any(type(arguments.get(name)) not in _PLAIN for name in plain):
+    if any(arguments.get(name) is not None for name in ("vocab_group", "sequence_group")):
         return False
-    alone = ("vocab_group", "sequence_group", "weight_grad")
-    if any(arguments.get(name) is not None for name in alone):
+    if arguments.get("weight_grad") is not None:
+        return False
+    for name in ("hidden", "weight", "targets"):
+        if type(arguments.get(name)) not in _PLAIN:
+            return False
+    extras, stats = arguments.get("extras") or {}, arguments.get("stats", ())
+    if type(extras) is not dict or type(stats) not in (str, tuple, list):
+        return False
+    if not isinstance(arguments.get("objective", ""), (str, Objective)):
         return False
     structured = ("objective", "extras", "stats")
-    others = [x for name, x in arguments.items() if name not in structured]
-    others += list((arguments.get("extras") or {}).values())
-    return all(type(x) in (*_PLAIN, *_CONSTANTS) for x in others)
+    others = [x for name, x in arguments.items() if name not in structured] + [*extras.values()]
+    tensors = [x for x in others if isinstance(x, Tensor)]
+    return (
+        all(type(x) in (*_PLAIN, *_CONSTANTS) for x in others)
+        and all(x.dim() > 0 for x in tensors)
+        and type(arguments.get("responses", 2)) is int
+        and all(type(name) is str for name in (*stats, *extras))
+    )
 
 
 def _preference_loss(arguments: Mapping[str, Any]) -> PreferenceOutput | None:
     objective, extras = arguments["objective"], arguments.get("extras") or {}
     cu_seqlens, responses = arguments.get("cu_seqlens"), arguments.get("responses", 2)
-    sequences = len(arguments["targets"]) if cu_seqlens is None else len(cu_seqlens) - 1
+    sequences = len(arguments["targets"] if cu_seqlens is None else cu_seqlens[1:])
     given = [name for name in ("ref_logps", "scores", "betas") if arguments.get(name) is not None]
-    # An extra has a value a prompt, or one a response.
-    per_prompt = [len(x) * responses // max(1, sequences) for x in extras.values()]
-    given += [f"{name}:{count}" for name, count in zip(extras, per_prompt, strict=True)]
-    settings = ",".join(given), responses, _stats(arguments)
+    # An extra has a value a response, or one a prompt.
+    given += [f"{name}:{responses if len(x) == sequences else 1}" for name, x in extras.items()]
     identity = 0 if isinstance(objective, str) else id(objective)
-    known = _known(objective, identity, *settings)
+    device = str(arguments["hidden"].device)
+    known = _known(objective, identity, "\n".join(given), responses, _stats(arguments), device)
     if not known:
         return None
-    number, *names = known.split(",")
+    number, *names = known.split("\n")
     tensors = {f"extras.{name}": x for name, x in extras.items()}
-    constants = {"objective": number, "stats": _stats(arguments)}
+    constants = {"objective": number, "stats": _stats(arguments), "extras": None}
     loss, losses, logps, lengths, metrics = _run(
-        "preference_loss", {**arguments, **tensors, **constants, "extras": None}, ",".join(names)
+        "preference_loss", {**arguments, **tensors, **constants}, "\n".join(names)
     )
     by_name = dict(zip(names, metrics.detach().unbind(), strict=True))
     return PreferenceOutput(loss, losses.detach(), logps.detach(), lengths, by_name)
@@ -114,7 +130,7 @@ def _sequence_logps(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 def _linear_logps(arguments: Mapping[str, Any]) -> Any:
     stats = _stats(arguments)
     logps, *found = _run("linear_logps", {**arguments, "stats": stats}, stats)
-    names = stats.split(",") if stats else []
+    names = _split(stats)
     of_tokens = {
         name: x if name == "entropy" else x.detach() for name, x in zip(names, found, strict=True)
     }
@@ -130,31 +146,53 @@ _TRACED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 
 def _stats(arguments: Mapping[str, Any]) -> str:
     stats = arguments.get("stats", ())
-    return stats if isinstance(stats, str) else ",".join(stats)
+    return stats if isinstance(stats, str) else "\n".join(stats)
+
+
+def _split(names: str) -> list[str]:
+    return names.split("\n") if names else []
 
 
 def _run(function: str, arguments: Mapping[str, Any], names: str = "") -> list[Tensor]:
-    tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
-    layout = "\n".join(
-        f"{name}={_TENSOR if isinstance(x, Tensor) else repr(x)}" for name, x in arguments.items()
-    )
-    wants = [torch.is_grad_enabled() and x.requires_grad for x in tensors]
+    tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
+    layout = "\n".join(f"{name}={_written(x)}" for name, x in arguments.items())
+    wants = [
+        torch.is_grad_enabled() and x.requires_grad and name in _DIFFERENTIATED
+        for name, x in tensors.items()
+    ]
+    copies = [any(wants) and type(x) is not torch.nn.Parameter for x in tensors.values()]
+    integers = [x for x in arguments.values() if type(x) is int]
+    numbers = [x for x in arguments.values() if type(x) is float]
     device, autocast = arguments["hidden"].device.type, ""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         autocast = str(torch.get_autocast_dtype(device))
-    return forward(function, layout, names, autocast, tensors, wants)[:-1]
+    how = f"{_number()}.{function}", layout, names, autocast
+    return forward(*how, list(tensors.values()), integers, numbers, wants, copies)[:-1]
+
+
+def _written(value: Any) -> str:
+    """A constant, or in which list the next one is."""
+    if isinstance(value, Tensor):
+        return _TENSOR
+    return _INTEGER if type(value) is int else _NUMBER if type(value) is float else repr(value)
 
 
 # --- at compile time ----------------------------------------------------------------------------
 
 
 @torch.compiler.assume_constant_result
+def _number() -> str:
+    """Of a call: two alike in one graph stay two, each with its backward."""
+    return str(next(_numbers))
+
+
+@torch.compiler.assume_constant_result
 def _known(
-    objective: Objective | str, identity: int, given: str, responses: int, stats: str
+    objective: Objective | str, identity: int, given: str, responses: int, stats: str, device: str
 ) -> str:
     """What an operator finds an objective by, and the names of what it logs; "" where it cannot.
 
-    The names are seen of one prompt of ones.
+    The names are seen of two prompts, all ones.
     """
     if isinstance(objective, str):
         found = objective
@@ -162,24 +200,29 @@ def _known(
     elif identity != id(objective) or own_parameters(objective):
         return ""
     else:
-        found = str(next(_count))
+        found = next((n for n, known in _objectives.items() if known is objective), _number())
         _objectives[found] = objective
-    sizes = {"ref_logps": responses, "scores": responses, "betas": 1}
-    names = given.split(",") if given else []
-    inputs: dict[str, Any] = {x: torch.ones(sizes[x]) for x in names if x in sizes}
-    extras = dict(name.split(":") for name in names if name not in sizes)
-    inputs["extras"] = {name: torch.ones(int(size)) for name, size in extras.items()}
-    hidden, weight, targets = torch.zeros(responses, 1, 1), torch.zeros(2, 1), torch.zeros(1)
-    targets = targets.long().expand(responses, 1)
+
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(shape, device=device)
+
     try:
+        inputs: dict[str, Any] = {"extras": {}}
+        for name in _split(given):
+            if ":" in name:
+                extra, size = name.rsplit(":", 1)
+                inputs["extras"][extra] = ones(2 * int(size))
+            else:
+                inputs[name] = ones(2 if name == "betas" else 2 * responses)
+        hidden, weight, targets = ones(2 * responses, 1, 1), ones(2, 1), ones(2 * responses, 1)
         with torch.no_grad():
             out = _functions["preference_loss"](
-                hidden, weight, targets, objective, **inputs, responses=responses,
+                hidden, weight, targets.long(), objective, **inputs, responses=responses,
                 stats=_split(stats), backend="torch",
             )  # fmt: skip
     except Exception:  # what is wrong is said by the call itself, of what it was given
         return ""
-    return ",".join([found, *out.metrics])
+    return "\n".join([found, *out.metrics])
 
 
 # --- when it runs -------------------------------------------------------------------------------
@@ -191,24 +234,43 @@ _TAGS: dict[str, Any] = (
 )
 
 
-@torch.library.custom_op("fastpref::forward", mutates_args=(), **_TAGS)
+@torch.library.custom_op(
+    "fastpref::forward",
+    mutates_args=(),
+    schema="(str call, str layout, str names, str autocast, Tensor[] tensors, SymInt[] integers, "
+    "float[] numbers, bool[] wants, bool[] copies) -> Tensor[]",
+    **_TAGS,
+)
 def forward(
-    function: str,
-    layout: str,
-    names: str,
+    call: str,  # its number and a public function
+    layout: str,  # a line an argument
+    names: str,  # of metrics, or of statistics
     autocast: str,
     tensors: Sequence[Tensor],
-    wants: Sequence[bool],
+    integers: Sequence[int],
+    numbers: Sequence[float],
+    wants: Sequence[bool],  # a gradient
+    copies: Sequence[bool],
 ) -> list[Tensor]:
-    """What a public function returns, the last of it a number that its backward is found by."""
-    for number in [n for n, (*_, token) in _states.items() if token.expired()]:
-        del _states[number]
-    given = [x.detach().requires_grad_(want) for x, want in zip(tensors, wants, strict=True)]
-    arguments = _arguments(layout, given)
-    with _recorded(any(wants)), _autocast(autocast, arguments["hidden"].device):
-        found = _functions[function](**arguments)
+    """What the function returns, the last of it a number that its backward is found by."""
+    for number in [n for n, (*_, token) in [*_states.items()] if token.expired()]:
+        _states.pop(number, None)
+    with _recorded(any(wants)):
+        given = [
+            (x.detach().clone() if copied else x.detach()).requires_grad_(want)
+            for x, want, copied in zip(tensors, wants, copies, strict=True)
+        ]
+        arguments = _arguments(layout, given, integers, numbers)
+        objective = arguments.get("objective")
+        if isinstance(objective, Objective) and own_parameters(objective):
+            raise RuntimeError(
+                f"{type(objective).__name__} has something to train now, and had nothing when it "
+                "was compiled; call torch.compiler.reset() in between"
+            )
+        with _autocast(autocast, arguments["hidden"].device):
+            found = _functions[call.split(".")[1]](**arguments)
     results = _flat(found, _split(names))
-    token = torch.tensor(next(_count), device="cpu")
+    token = torch.tensor(next(_tokens), device="cpu")
     if any(wants):
         leaves = [x for x in given if x.requires_grad]
         _states[int(token)] = results, leaves, StorageWeakRef(token.untyped_storage())
@@ -217,14 +279,18 @@ def forward(
 
 @forward.register_fake
 def _(
-    function: str,
+    call: str,
     layout: str,
     names: str,
     autocast: str,
     tensors: Sequence[Tensor],
+    integers: Sequence[int],
+    numbers: Sequence[float],
     wants: Sequence[bool],
+    copies: Sequence[bool],
 ) -> list[Tensor]:
-    given = _arguments(layout, tensors)
+    function = call.split(".")[1]
+    given = _arguments(layout, tensors, integers, numbers)
     hidden, targets, cu_seqlens = given["hidden"], given["targets"], given.get("cu_seqlens")
     head = [given["weight"], given.get("frozen_weight")]
     with _autocast(autocast, hidden.device):
@@ -237,7 +303,7 @@ def _(
     if function == "linear_logps":
         kinds = [torch.bool if name == "is_top1" else dtype for name in _split(names)]
         return [empty(*targets.shape, dtype=kind) for kind in (dtype, *kinds)] + [token]
-    sequences = len(targets) if cu_seqlens is None else len(cu_seqlens) - 1
+    sequences = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     logps, lengths = empty(sequences), empty(sequences, dtype=torch.int64)
     if function == "sequence_logps":
         return [logps, lengths, token]
@@ -246,7 +312,12 @@ def _(
     return [loss, losses, logps, lengths, empty(len(_split(names))), token]
 
 
-@torch.library.custom_op("fastpref::backward", mutates_args=(), **_TAGS)
+@torch.library.custom_op(
+    "fastpref::backward",
+    mutates_args=(),
+    schema="(Tensor token, Tensor?[] upstream, SymInt[] sizes, str kinds) -> Tensor[]",
+    **_TAGS,
+)
 def backward(
     token: Tensor, upstream: Sequence[Tensor | None], sizes: Sequence[int], kinds: str
 ) -> list[Tensor]:
@@ -255,7 +326,7 @@ def backward(
     if state is None:
         raise RuntimeError(
             "a compiled fastpref call hands its gradients over in the first backward, and this is "
-            "another one through it"
+            "another one through it, or saved tensors were replaced by copies of themselves"
         )
     results, leaves, _ = state
     taken = [
@@ -284,7 +355,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    tensors, ctx.wants = inputs[-2:]
+    tensors, *ctx.numbers, ctx.wants, _ = inputs[4:]
     wanted = [x for x, want in zip(tensors, ctx.wants, strict=True) if want]
     ctx.sizes = [size for x in wanted for size in x.shape]
     ctx.kinds = ",".join(f"{str(x.dtype).removeprefix('torch.')}:{x.dim()}" for x in wanted)
@@ -295,26 +366,22 @@ def _backward(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
     (token,) = ctx.saved_tensors
     found = iter(backward(token, upstream[:-1], ctx.sizes, ctx.kinds))
     grads = [next(found) if want else None for want in ctx.wants]
-    return None, None, None, None, grads, None
+    of_numbers: list[Any] = [None if given else [] for given in ctx.numbers]  # as torch has lists
+    return None, None, None, None, grads, *of_numbers, None, None
 
 
 forward.register_autograd(_backward, setup_context=_keep)
 
 
-def _split(names: str) -> list[str]:
-    return names.split(",") if names else []
-
-
-def _arguments(layout: str, tensors: Sequence[Tensor]) -> dict[str, Any]:
+def _arguments(
+    layout: str, tensors: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float]
+) -> dict[str, Any]:
     """As the function takes them."""
-    following = iter(tensors)
+    lists = {_TENSOR: iter(tensors), _INTEGER: iter(integers), _NUMBER: iter(numbers)}
     found: dict[str, Any] = {}
     for line in layout.splitlines():
         name, value = line.split("=", 1)
-        if value == _TENSOR:
-            found[name] = next(following)
-        else:
-            found[name] = float(value) if value in _NOT_LITERAL else ast.literal_eval(value)
+        found[name] = next(lists[value]) if value in lists else ast.literal_eval(value)
     if "stats" in found:
         found["stats"] = _split(found["stats"])
     if "objective" in found:
@@ -327,7 +394,12 @@ def _arguments(layout: str, tensors: Sequence[Tensor]) -> dict[str, Any]:
 
 def _flat(found: Any, names: list[str]) -> list[Tensor]:
     if isinstance(found, PreferenceOutput):
-        metrics = torch.stack([found.metrics[name] for name in names])
+        if [*found.metrics] != names:
+            raise RuntimeError(
+                f"what is logged was {names} when it was compiled and is {[*found.metrics]} now; "
+                "call torch.compiler.reset() in between"
+            )
+        metrics = torch.stack([*found.metrics.values()])
         return [found.loss, found.losses, found.logps, found.lengths, metrics]
     if isinstance(found, Tensor):
         return [found]

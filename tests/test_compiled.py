@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 from trl_runs import OURS, compare_runs, make_trainer, trained
@@ -273,6 +274,141 @@ def test_what_is_wrong_is_said_in_the_same_words(batch):
         with pytest.raises(eager.type) as one_graph:
             torch.compile(wrong, fullgraph=full, backend="aot_eager")(given, **how)
         assert str(one_graph.value) == str(eager.value)
+
+
+WRONG = {
+    "objective": 3,
+    "responses": 2.5,
+    "stats": (1,),
+    "extras": [1],
+    "targets": torch.tensor(3),
+    "cu_seqlens": torch.tensor(3),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_arguments_that_are_none(name, batch):
+    targets, of_pairs = batch
+    weight = leaves()[1]
+    given = {"targets": targets, "objective": OBJECTIVE, **of_pairs, name: WRONG[name]}
+
+    def wrong(weight):
+        return preference_loss(1 * HIDDEN, weight, **given).loss
+
+    with pytest.raises((ValueError, TypeError)) as eager:
+        wrong(weight)
+    with pytest.raises(eager.type) as compiled_one:
+        torch.compile(wrong, backend="aot_eager")(weight)
+    assert str(compiled_one.value) == str(eager.value)
+
+
+def test_memory_that_the_graph_takes_for_free_may_be_written_over(batch):
+    """Of its last use in the graph on, an argument is the compiler's."""
+    targets, _ = batch
+
+    class Overwrites(torch.fx.Interpreter):
+        def run_node(self, node):
+            found = super().run_node(node)
+            if "forward" in str(node.target):
+                for argument in node.args[4]:
+                    if argument.op == "call_function":
+                        self.env[argument].fill_(torch.nan)
+                        overwritten.append(argument)
+            return found
+
+    def overwriting(graph, inputs):
+        return make_boxed_func(lambda *args: Overwrites(graph).run(*args))
+
+    def step(hidden, weight, bias):
+        states = 1.5 * hidden, 2 * weight
+        logps, _ = sequence_logps(*states, targets, bias=bias, schedule="recompute")
+        return logps, logps[1] + logps[2]
+
+    overwritten = []
+    backend = aot_autograd(
+        fw_compiler=overwriting, bw_compiler=lambda graph, _: make_boxed_func(graph)
+    )
+    assert_alike(step, backend=backend)
+    assert len(overwritten) == 2
+
+
+def test_a_parameter_that_is_written_before_its_backward_is_an_error(batch):
+    targets, _ = batch
+    weight = torch.nn.Parameter(leaves()[1].detach())
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def one_graph(hidden):
+        return sequence_logps(1 * hidden, weight, targets, schedule="recompute")[0].sum()
+
+    total = one_graph(HIDDEN)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_two_calls_that_are_alike_have_two_backwards(batch):
+    targets, _ = batch
+
+    def step(hidden, weight, bias):
+        first = sequence_logps(2 * hidden, weight, targets, bias=bias)
+        second = sequence_logps(2 * hidden, weight, targets, bias=bias)
+        return first, first[0][2] + second[0][2] ** 2
+
+    assert_alike(step, backend="aot_eager")
+
+
+def test_numbers_that_vary(batch):
+    targets, of_pairs = batch
+    weight = leaves()[1]
+
+    def step(hidden, temperature, budget):
+        given = 1 * hidden, weight, targets, OBJECTIVE
+        how = {"temperature": temperature, "logits_budget": budget}
+        return preference_loss(*given, **of_pairs, **how).loss
+
+    one_graph = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for i in range(4):
+        assert one_graph(HIDDEN, 0.7 + i / 10, 1000 * (i + 1)) == step(HIDDEN, 0.7 + i / 10, 1000)
+
+
+def test_extras_of_batches_of_any_size_take_one_graph():
+    weight, objective = leaves()[1], Scaled(0.4)
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def one_graph(hidden, targets, ref_logps, shift):
+        given = 1 * hidden, weight, targets, objective
+        return preference_loss(*given, ref_logps=ref_logps, extras={"shift": shift}).loss
+
+    torch._dynamo.utils.counters.clear()
+    for prompts in (2, 3, 4, 5):
+        hidden, targets = torch.randn(2 * prompts, T, H), torch.randint(0, V, (2 * prompts, T))
+        one_graph(hidden, targets, torch.zeros(2 * prompts), torch.rand(prompts))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_an_objective_that_becomes_another_kind_is_an_error(batch):
+    weight = leaves()[1]
+    objective, extras = Learned().requires_grad_(False), {"shift": torch.ones(S // 2)}
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def one_graph(weight, objective):
+        return losses_of(batch, objective, weight).loss
+
+    one_graph(weight, objective)
+    objective.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="has something to train now"):
+        one_graph(weight, objective)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def logged(weight, objective):
+        return losses_of(batch, objective, weight, extras=extras).metrics
+
+    objective = Scaled(0.3)
+    logged(weight, objective)
+    objective.diagnostics = lambda pairs: {"more": pairs.chosen_logps}
+    with pytest.raises(RuntimeError, match="what is logged was"):
+        logged(weight, objective)
 
 
 def test_nothing_is_kept_of_what_has_no_backward(batch):

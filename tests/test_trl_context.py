@@ -306,18 +306,47 @@ def refused_by_ulysses(rank, directory, pairs, tmp_path):
                 found.append(str(error))
     with ulysses():
         trainer = exchanging(2, directory, pairs, tmp_path, objective="dpo")
-        trainer.data_collator.collator.pad_to_multiple_of = 3
+        collator = trainer.data_collator.collator
+        collator.pad_to_multiple_of = 3
         try:
             trainer.train()
         except ValueError as error:
             found.append(str(error))
+        collator.pad_to_multiple_of, trainer.data_collator = 2, on_the_left(trainer.data_collator)
+        try:
+            trainer.train()
+        except ValueError as error:
+            found.append(str(error))
+        attends_alone(rank, directory)
     return found
+
+
+def on_the_left(collator):
+    """The same sequences behind their padding."""
+    return lambda examples: {
+        name: x.flip(1) if name.endswith(("ids", "mask")) else x
+        for name, x in collator(examples).items()
+    }
+
+
+def attends_alone(rank, directory):
+    """What is no trainer's step has whole sequences, others on each rank, and masks."""
+    ids = torch.arange(12).view(2, 6) + 20 * (rank + 1)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    logits = [
+        AutoModelForCausalLM.from_pretrained(directory, attn_implementation=name)(
+            ids, attention_mask=mask
+        ).logits[mask.bool()]
+        for name in ("sdpa", "eager")
+    ]
+    assert (logits[0] - logits[1]).abs().max() < 1e-5
 
 
 @pytest.mark.deepspeed
 def test_what_ulysses_would_get_wrong_is_refused(deepspeed_ranks, tiny_llama, pairs, tmp_path):
     uneven = "sp_size=2 shares out sequences in 2 equal chunks, and the batch has"
-    expected = [*REFUSED_BY_ULYSSES.values(), uneven]
+    left = "sp_size=2 shares out sequences that are padded on the right"
+    expected = [*REFUSED_BY_ULYSSES.values(), uneven, left]
     for found in deepspeed_ranks["two"].run(refused_by_ulysses, tiny_llama, pairs, tmp_path):
         assert len(found) == len(expected)
         for text, beginning in zip(found, expected, strict=True):

@@ -31,6 +31,7 @@ class SharesPositions(DPOTrainer):
     ref_model: Any
     _sequence_group: Any = None  # the ranks that share out each sequence's positions
     _cp_size = _sp_size = 1  # how many they are; one of the two at most is above 1
+    _padded_right = False  # a batch has been looked at
     _averages = 1  # over how many of them the engine averages gradients, whose sum is wanted
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -97,6 +98,9 @@ class SharesPositions(DPOTrainer):
         quantises = self._zero.get("zero_quantized_gradients", False)
         return {
             "an engine other than DeepSpeed": not self.is_deepspeed_enabled,
+            "tp_size, which shares out ranks in another way": bool(
+                self.accelerator.parallelism_config.tp_enabled
+            ),
             "ZeRO-3 without reduce_scatter, or with zero_quantized_gradients: its gradients are "
             "sums in one place, means in another": self._is_zero3 and (not scatters or quantises),
             f"layers of type {', '.join(sorted(lost))}": bool(lost),
@@ -166,6 +170,14 @@ class SharesPositions(DPOTrainer):
                 f"the batch has {length} tokens a row; have its collator pad to a multiple of "
                 f"{self._chunks}"
             )
+        if not self._padded_right:
+            mask = inputs["attention_mask"]
+            if (mask[:, 1:] > mask[:, :-1]).any():
+                raise ValueError(
+                    f"{self._option} shares out sequences that are padded on the right: attention "
+                    "is given no mask, and the batch has padding on the left"
+                )
+            self._padded_right = True  # a collator does as it does
         positions = torch.arange(length, device=ids.device).repeat(len(ids), 1)
         whole = inputs | {"position_ids": positions, WHOLE: Whole.of(inputs).clone()}
         if self._sp_size == 1:
@@ -173,7 +185,9 @@ class SharesPositions(DPOTrainer):
         rank = torch.distributed.get_rank(self._sequence_group)
         cut = ("input_ids", "attention_mask", "position_ids")
         here = {name: whole[name].chunk(self._sp_size, 1)[rank].contiguous() for name in cut}
-        return contextlib.nullcontext, whole | here
+        from fastpref.trl.ulysses import exchanging
+
+        return exchanging, whole | here
 
     def _here(self, whole: Tensor, inputs: dict[str, Any]) -> Tensor:
         """This rank's positions of `(S, T)`."""
