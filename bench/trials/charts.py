@@ -77,7 +77,7 @@ def _training(study: Study, kind: str) -> tuple[Figure, list[Any]]:
         panel.xaxis.set_tick_params(labelbottom=True)
     figure.supxlabel("pairs trained on")
     lines = [figure.axes[0].plot([], [], color=SIDES[side], label=side)[0] for side in SIDES]
-    figure.legend(handles=lines, loc="outside upper right", ncols=2)
+    figure.legend(handles=lines, loc="outside lower right", ncols=2)
     return figure, list(grid[: len(names)])
 
 

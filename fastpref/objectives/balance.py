@@ -41,7 +41,8 @@ class Balance:
         source: "policy", b = ℓ̄; or "implicit_reward", b = ℓ̄ − r̄ (ratio space, needs the reference).
         chosen_exponent: α_w.
         rejected_exponent: α_l.
-        ceiling: C > 0, `math.inf` for none.
+        ceiling: C > 0, `math.inf` for none. A higher one kept chosen responses up and cost margin,
+            a lower one pressed both down (bench/STUDY.md); above 2.5 the paper saw harm.
         floor: the least coefficient, from 0 to C.
         per_token: False uses sequence log-probabilities ℓ instead of averages ℓ̄.
 
