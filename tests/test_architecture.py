@@ -121,7 +121,7 @@ RULES = (
         "DeepSpeed, which need not be there, is imported where its attention is",
         of=("fastpref.trl.ulysses",),
         ours=(),
-        others=("torch", "deepspeed"),
+        others=("torch", "transformers", "deepspeed"),
     ),
 )
 
