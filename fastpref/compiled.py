@@ -2,9 +2,9 @@
 
 The operator runs the function itself, so a compiled step multiplies what an eager one does. What it
 keeps for the backward stays outside the graph, which is therefore free to write over its arguments:
-they are copied, parameters excepted. Its arguments are tensors and a text of all others. An
-objective is found again by a number, which a guard of torch.compile's ties to the very object that
-was given.
+they are copied, parameters excepted. Where no backward comes, that is let go at the next call. Its
+arguments are tensors, numbers, and a text that says which is which. An objective is found again by
+a number, which a guard of torch.compile's ties to the very object that was given.
 """
 
 from __future__ import annotations
@@ -102,8 +102,7 @@ def _fits(arguments: Mapping[str, Any]) -> bool:
 
 def _preference_loss(arguments: Mapping[str, Any]) -> PreferenceOutput | None:
     objective, extras = arguments["objective"], arguments.get("extras") or {}
-    cu_seqlens, responses = arguments.get("cu_seqlens"), arguments.get("responses", 2)
-    sequences = len(arguments["targets"] if cu_seqlens is None else cu_seqlens[1:])
+    responses, sequences = arguments.get("responses", 2), _sequences(arguments)
     given = [name for name in ("ref_logps", "scores", "betas") if arguments.get(name) is not None]
     # An extra has a value a response, or one a prompt.
     given += [f"{name}:{responses if len(x) == sequences else 1}" for name, x in extras.items()]
@@ -142,6 +141,11 @@ _TRACED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "sequence_logps": _sequence_logps,
     "linear_logps": _linear_logps,
 }
+
+
+def _sequences(arguments: Mapping[str, Any]) -> int:
+    cu_seqlens = arguments.get("cu_seqlens")
+    return arguments["targets"].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def _stats(arguments: Mapping[str, Any]) -> str:
@@ -291,7 +295,7 @@ def _(
 ) -> list[Tensor]:
     function = call.split(".")[1]
     given = _arguments(layout, tensors, integers, numbers)
-    hidden, targets, cu_seqlens = given["hidden"], given["targets"], given.get("cu_seqlens")
+    hidden, targets = given["hidden"], given["targets"]
     head = [given["weight"], given.get("frozen_weight")]
     with _autocast(autocast, hidden.device):
         dtype = accumulate_dtype(compute_dtype(hidden, *(x for x in head if x is not None)))
@@ -303,7 +307,7 @@ def _(
     if function == "linear_logps":
         kinds = [torch.bool if name == "is_top1" else dtype for name in _split(names)]
         return [empty(*targets.shape, dtype=kind) for kind in (dtype, *kinds)] + [token]
-    sequences = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = _sequences(given)
     logps, lengths = empty(sequences), empty(sequences, dtype=torch.int64)
     if function == "sequence_logps":
         return [logps, lengths, token]

@@ -123,8 +123,7 @@ def test_arguments_of_every_kind(case, batch):
                 betas=betas, softcap=3.0, stats="entropy",
             )  # fmt: skip
         elif case == "capturable":
-            out = preference_loss(hidden, weight, targets.clamp(-100), simpo, bias=bias,
-                                  capturable=True)  # fmt: skip
+            out = preference_loss(hidden, weight, targets, simpo, bias=bias, capturable=True)
         else:
             out = preference_loss(hidden, weight, targets, "simpo", bias=bias, reduction=case)
         return out, out.loss[1] if case == "none" else out.loss
@@ -287,7 +286,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_arguments_that_are_none(name, batch):
+def test_arguments_of_the_wrong_kind_are_told_of_in_the_same_words(name, batch):
     targets, of_pairs = batch
     weight = leaves()[1]
     given = {"targets": targets, "objective": OBJECTIVE, **of_pairs, name: WRONG[name]}
@@ -332,6 +331,29 @@ def test_memory_that_the_graph_takes_for_free_may_be_written_over(batch):
     assert len(overwritten) == 2
 
 
+def test_hidden_states_are_copied_once_and_parameters_never(batch, monkeypatch):
+    targets, of_pairs = batch
+    weight = torch.nn.Parameter(leaves()[1].detach())
+    large, clone = [], torch.Tensor.clone
+
+    def counted(tensor, *args, **how):
+        if tensor.numel() >= weight.numel():
+            large.append(tuple(tensor.shape))
+        return clone(tensor, *args, **how)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def one_graph(hidden):
+        return preference_loss(1 * hidden, weight, targets, OBJECTIVE, **of_pairs).loss
+
+    one_graph(HIDDEN)
+    monkeypatch.setattr(torch.Tensor, "clone", counted)
+    one_graph(HIDDEN).backward()
+    with torch.no_grad():
+        one_graph(HIDDEN)
+    monkeypatch.undo()
+    assert large == [tuple(HIDDEN.shape)]
+
+
 def test_a_parameter_that_is_written_before_its_backward_is_an_error(batch):
     targets, _ = batch
     weight = torch.nn.Parameter(leaves()[1].detach())
@@ -369,7 +391,8 @@ def test_numbers_that_vary(batch):
 
     one_graph = torch.compile(step, fullgraph=True, backend="aot_eager")
     for i in range(4):
-        assert one_graph(HIDDEN, 0.7 + i / 10, 1000 * (i + 1)) == step(HIDDEN, 0.7 + i / 10, 1000)
+        numbers = 0.7 + i / 10, 1000 * (i + 1)
+        assert one_graph(HIDDEN, *numbers) == step(HIDDEN, *numbers)
 
 
 def test_extras_of_batches_of_any_size_take_one_graph():

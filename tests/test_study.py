@@ -423,22 +423,16 @@ def test_runs_without_their_references_are_an_error(tmp_path, monkeypatch):
 
 
 def test_the_page_has_the_figures_of_the_file():
-    """Before there is such a file it has none, and says so."""
     path, text = study.PAGE.parent / "results" / "study.json", study.PAGE.read_text()
-    if path.exists():
-        tables = page.tables(json.loads(path.read_text()))
-        assert insert_tables(text, tables) == text
-        rows = [line.split("|")[2:5] for line in tables["verdicts"].splitlines()[2:4]]
-        counts = tuple(sum(int(row[i]) for row in rows) for i in range(3))  # of the two papers
-        readme = " ".join((study.PAGE.parent.parent / "README.md").read_text().split())
-        said = "{} of {} hold, {} do not show at that size, {} is contradicted"
-        assert said.format(counts[0], sum(counts), *counts[1:]) in readme
-        charts = re.findall(r"results/(study-\S+png)", text)
-        assert charts and all((path.parent / chart).exists() for chart in charts)
-    else:
-        tables = re.findall(r"<!-- (?!end )[^>]*-->\n(.*?)<!-- end ", text, re.DOTALL)
-        said = [table for table in tables if table]
-        assert len(said) == 1 < len(tables) and said[0].startswith("**No training has been run")
+    tables = page.tables(json.loads(path.read_text()))
+    assert insert_tables(text, tables) == text
+    rows = [line.split("|")[2:5] for line in tables["verdicts"].splitlines()[2:4]]
+    counts = tuple(sum(int(row[i]) for row in rows) for i in range(3))  # of the two papers
+    readme = " ".join((study.PAGE.parent.parent / "README.md").read_text().split())
+    said = "{} of {} hold, {} do not show at that size, {} is contradicted"
+    assert said.format(counts[0], sum(counts), *counts[1:]) in readme
+    charts = re.findall(r"results/(study-\S+png)", text)
+    assert charts and all((path.parent / chart).exists() for chart in charts)
 
 
 def test_what_chance_alone_shows_is_as_the_page_says():

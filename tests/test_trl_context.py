@@ -137,6 +137,8 @@ def refused(rank, case, directory, pairs, tmp_path):
             trainer = shared_out(directory, pairs, tmp_path, patch, **options)
             if case == "collator":
                 trainer.data_collator.collator.pad_to_multiple_of = 3
+            elif case == "left":
+                trainer.data_collator = on_the_left(trainer.data_collator)
             elif case == "predictions":
                 trainer.predict(trainer.train_dataset)
             trainer.train()
@@ -152,6 +154,7 @@ REFUSALS = {
     ),
     "packing": ({"padding_free": True}, "padding_free packs a row that context parallelism"),
     "collator": ({}, "cp_size=2 shares out sequences in 4 equal chunks, and the batch has"),
+    "left": ({}, "cp_size=2 shares out sequences that are padded on the right"),
     "predictions": ({}, "predictions are logits, of which cp_size=2 leaves each rank a part"),
     "ulysses": ({}, "sp_size=2 does not go with an engine other than DeepSpeed"),
 }
@@ -237,7 +240,7 @@ def exchanging(stage, directory, pairs, tmp_path, zero=None, **options):
     }
     batches = distributed.get_world_size() // 2
     parallelism = ParallelismConfig(sp_size=2, dp_shard_size=batches)
-    options |= {"deepspeed": config, "parallelism_config": parallelism}
+    options = {"deepspeed": config, "parallelism_config": parallelism} | options
     options["per_device_train_batch_size"] = 2 // batches
     return make_trainer(OURS, directory, pairs, tmp_path, **options)
 
@@ -290,7 +293,12 @@ def sums_and_means(directory):
     return {"zero": {"stage": 3, "reduce_scatter": False}}
 
 
+def beside_tensors(directory):
+    return {"parallelism_config": ParallelismConfig(sp_size=2, tp_size=2)}
+
+
 REFUSED_BY_ULYSSES = {
+    beside_tensors: "sp_size=2 does not go with tp_size",
     sums_and_means: "sp_size=2 does not go with ZeRO-3 without reduce_scatter",
     windows: "sp_size=2 does not go with layers of type sliding_attention",
     other_attention: "sp_size=2 does not go with a reference with another attention",

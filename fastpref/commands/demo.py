@@ -55,7 +55,7 @@ def main(directory: str = "demo-output") -> None:
         data=PAIRS,
         output=output / "unidpo",
         objective="unidpo",
-        # By the default of 0.001 the held-out chosen responses of so few pairs become less likely.
+        # Of the default of 0.001 nothing shows where pairs are few (bench/STUDY.md).
         hyperparameters={"nll_weight": 0.5},
         share_prompt="true",
         holdout=12,

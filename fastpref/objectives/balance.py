@@ -42,7 +42,7 @@ class Balance:
         chosen_exponent: α_w.
         rejected_exponent: α_l.
         ceiling: C > 0, `math.inf` for none. A higher one kept chosen responses up and cost margin,
-            a lower one pressed both down (bench/STUDY.md); above 2.5 the paper saw harm.
+            a lower one pressed both down (bench/STUDY.md); from 5 on the paper saw harm.
         floor: the least coefficient, from 0 to C.
         per_token: False uses sequence log-probabilities ℓ instead of averages ℓ̄.
 

@@ -48,8 +48,8 @@ class UniDPO(MarginObjective):
         eta: η ≥ 0, sharpness of the quality weight, per unit of score; 0 gives every pair 1/2.
         tau_ref: τ_ref, the constant margin below which a pair counts as not yet learned.
         gamma: γ ≥ 0, the focusing exponent; 0 gives every pair 1.
-        nll_weight: λ ≥ 0 of the calibrated NLL term, which keeps chosen responses up, and is part
-            of the loss; of few pairs it takes more than was published (`make demo` has 0.5).
+        nll_weight: λ ≥ 0 of the calibrated NLL term, which is to keep chosen responses up. Of the
+            published 0.001 nothing showed in bench/STUDY.md; `make demo` has 0.5.
         tau_good: τ_good, the least chosen score for that term, in the scores' unit.
         length_normalized: averages in policy, reference and NLL alike.
         detach_performance_weight: take w_perf as a constant. The released code differentiates it.
