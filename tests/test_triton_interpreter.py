@@ -250,6 +250,67 @@ def test_projection_rounds_wide_operands_slice_by_slice(monkeypatch, poison):
 
 
 @interpreted
+def test_a_wide_head_is_converted_once_for_several_launches(monkeypatch, poison):
+    from fastpref_kernels import forward
+
+    # 16 rows of 5 tiles with 2 values each, and of 16 hidden; 640 bytes of values a launch.
+    monkeypatch.setattr(forward, "_LAUNCH_BYTES", 16 * (5 * 2 * 4 + 16 * 2))
+    monkeypatch.setattr(forward, "_CONVERTED_BYTES", 70 * 16 * 2)  # one tile of 64 columns
+    problem = make_problem(70, 300, 16, torch.bfloat16, "all", bias=True, index=True)
+    wide = dataclasses.replace(
+        problem, hidden=problem.hidden.float() * (1 + 2**-12), weight=problem.weight.float()
+    )
+    truth, z = problem.statistics(torch.float64)
+    plain, _ = problem.statistics(torch.float32)
+    converted = []
+    convert = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda x, *how: (converted.append(tuple(x.shape)), convert(x, *how))[1]
+    )
+    found = wide.found((), torch.bfloat16)
+    monkeypatch.undo()
+    check_statistics(found, truth, plain, z, torch.bfloat16)
+    # Values of three launches may be there at once: rows 0 to 48, then 48 to 70.
+    of_slices = [shape for shape in converted if shape[0] in (64, 300 % 64)]
+    assert of_slices == 2 * [*4 * [(64, 16)], (44, 16)]
+
+
+@interpreted
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_projection_at_a_depth(descriptors, monkeypatch, poison):
+    """One accumulator would lose every 1 that is added to 2²⁴; another sums them first."""
+    from fastpref_kernels import configs, forward
+
+    hidden_size, dtype = 1104, torch.float32 if descriptors else torch.bfloat16  # 512, 512 and 80
+    key = "projection", "wide" if descriptors else "rich"
+    config = configs.entries_of("interpreter")[key]
+    config = dataclasses.replace(config, descriptors=descriptors, block_h=16)
+    hidden, weight = torch.zeros(1, hidden_size), torch.zeros(2, hidden_size)
+    hidden[0, 0] = weight[0, 0] = 2.0**12
+    hidden[0, 512::16] = weight[0, 512::16] = 1.0  # one a block
+    target = torch.zeros(1, dtype=torch.int64)
+
+    def sum_of(depth):
+        with configs.trial({key: config, ("choices", "depth"): depth}):
+            of_head = hidden.to(dtype), weight.to(dtype), target, Epilogue()
+            _, _, found = kernels.projection_statistics(*of_head, ("mean_logits",))
+        return 2 * found["mean_logits"].item() - 2**24
+
+    rounding = 4  # of ln 2, in and out
+    assert abs(sum_of(0)) <= rounding
+    if descriptors:  # which the interpreter has of fp32, where there is no depth
+        assert abs(sum_of(512)) <= rounding
+        monkeypatch.setattr(forward, "projection_depth", lambda *_: 512)
+    assert abs(sum_of(512) - 37) <= rounding
+    problem = make_problem(5, 70, hidden_size, dtype, "all", bias=True, index=True)
+    problem = dataclasses.replace(
+        problem, hidden=problem.hidden.contiguous(), weight=problem.weight.contiguous()
+    )
+    with configs.trial({key: config, ("choices", "depth"): 512}):
+        check_projection(problem)
+
+
+@interpreted
 @pytest.mark.parametrize("index", [False, True])
 @pytest.mark.parametrize("hidden_size", [36, 33])  # the second has no aligned rows
 def test_projection_by_descriptors(hidden_size, index, monkeypatch, poison):
@@ -284,6 +345,24 @@ def test_of_equal_logits_the_first_is_top1(poison):
     assert torch.equal(found["is_top1"], expected)
     _, _, found = kernels.row_statistics(hidden @ weight.T, targets, Epilogue(), ("is_top1",))
     assert torch.equal(found["is_top1"], expected)
+
+
+@interpreted
+@pytest.mark.parametrize("block", [64, 256])  # compared with each column, and chosen bit by bit
+def test_every_column_may_hold_the_target(block, poison):
+    from fastpref_kernels import configs
+
+    wide = "projection", "wide"
+    config = dataclasses.replace(configs.entries_of("interpreter")[wide], block_v=block)
+    n = 2 * 256 + 45
+    targets = torch.arange(n)
+    weight = torch.randn(n, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    hidden = torch.ones(n, 8, dtype=torch.float64)
+    products = hidden @ weight.T
+    with configs.trial({wide: config}):
+        of_tiles = kernels.projection_statistics(hidden, weight, targets, Epilogue())
+    for logps, lse, _ in (of_tiles, kernels.row_statistics(products, targets, Epilogue())):
+        torch.testing.assert_close(logps + lse, products[0], rtol=0, atol=1e-13)
 
 
 # --- rows of materialised products --------------------------------------------------------------

@@ -44,7 +44,7 @@ def candidate(columns):
 
 
 def taken():
-    return configs.rows_config("interpreter")
+    return configs.rows_config("interpreter", softcap=False)
 
 
 def asked(monkeypatch, seconds, numbers=lambda columns: 1.0, steps=None):
@@ -148,7 +148,8 @@ def test_every_entry_that_decides_speed_is_asked_about():
     every |= {("choices", name) for name in configs.CHOICES}
     asked_about = [question.key for question in questions()]
     assert len(set(asked_about)) == len(asked_about)
-    assert every - set(asked_about) == {("projection", "wide")}  # for exactness, not for speed
+    # Which are for exactness, not for speed.
+    assert every - set(asked_about) == {("projection", "wide"), ("choices", "depth")}
     for question in questions():
         default = configs.entries_of("sm_90")[question.key]
         for step in question.steps:
@@ -205,7 +206,9 @@ def test_a_candidate_is_what_is_launched(monkeypatch):
     seen(weight_gradient, "_multiply", "weight_gradient")
     asked_for = rows.rows_config
     monkeypatch.setattr(
-        rows, "rows_config", lambda device: launched.setdefault("rows", asked_for(device))
+        rows,
+        "rows_config",
+        lambda device, softcap: launched.setdefault("rows", asked_for(device, softcap=softcap)),
     )
     for question in questions(dry=True):
         if question.key[0] in ("projection", "weight_gradient", "rows"):
@@ -214,7 +217,7 @@ def test_a_candidate_is_what_is_launched(monkeypatch):
             with configs.trial(tuning.defaults("cpu") | {question.key: tiny}):
                 question.work(SIZES)[0]()
             found = launched[question.key[0]]
-            assert found == (tiny if question.key == ROWS else {tiny})
+            assert found == (tiny if question.key[0] == "rows" else {tiny})
 
 
 @interpreted

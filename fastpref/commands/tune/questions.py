@@ -102,9 +102,10 @@ def questions(dry: bool = False) -> Iterator[Question]:
         steps = (shapes, bands) if variant == "plain" else (shapes,)
         work = functools.partial(_WORK_OF_TILES[kernel], variant=variant)
         yield Question((kernel, variant), steps, work)
-    for kernel, rows_work in (("rows", _rows), ("operands", _operands)):
-        blocks = _TINY_ROWS if dry else _ROWS[kernel]
-        yield Question((kernel, "plain"), (_replacing(*map(_rows_shape, blocks)),), rows_work)
+    for kernel, variant in (("rows", "plain"), ("rows", "softcap"), ("operands", "plain")):
+        blocks = _replacing(*map(_rows_shape, _TINY_ROWS if dry else _ROWS[kernel]))
+        work = functools.partial(_WORK_OF_ROWS[kernel], variant=variant)
+        yield Question((kernel, variant), (blocks,), work)
     library: configs.Entries = {("choices", x): "library" for x in ("forward", "exponentials")}
     yield _choice("columns", _columns, library)
     yield _choice("forward", _forward)
@@ -361,22 +362,24 @@ _WORK_OF_TILES = {
 }
 
 
-def _rows(sizes: Sizes) -> Work:
+def _rows(sizes: Sizes, variant: str) -> Work:
     """Statistics of products, and gradients in the place of products and of exponentials."""
     shape = sizes.rows // 2, sizes.vocabulary
     products, other = (_normal(sizes, *shape, scale=LOGIT_DEVIATION, seed=s) for s in (0, 1))
     exponentials = _normal(sizes, *shape, scale=1e4, seed=3).abs_().half()
-    targets, epilogue, peak_block = _targets(sizes, shape[0]), Epilogue(), 256
+    epilogue = Epilogue(softcap=30.0) if variant == "softcap" else Epilogue()
+    targets, peak_block = _targets(sizes, shape[0]), 256
     blocks = -(-sizes.vocabulary // peak_block)
     peaks, lse = products.new_zeros(shape[0], blocks), products.new_zeros(shape[0])
     coef, logps = torch.ones_like(lse), torch.full_like(lse, -1.0)
+    slopes = torch.ones_like(lse) if variant == "softcap" else None
 
     def work() -> None:
         kernels.row_statistics(products, targets, epilogue)
         # In place: the next time other numbers are read. Of peaks as large as the log-sum-exp
         # exponentials only change their signs.
         kernels.row_gradients_(other, targets, lse, coef, epilogue, torch.float16)
-        kernels.gradients_(exponentials, peaks, peak_block, targets, logps, lse, coef)
+        kernels.gradients_(exponentials, peaks, peak_block, targets, logps, lse, coef, slopes)
 
     def check() -> Numbers:
         n = min(sizes.checked_rows, shape[0])
@@ -385,7 +388,8 @@ def _rows(sizes: Sizes) -> Work:
         fresh = products[part].clone(), targets[part], found_lse, coef[part], epilogue
         of_products = kernels.row_gradients_(*fresh, torch.float16).float()
         kept = _normal(sizes, n, shape[1], scale=1e4, seed=3).abs_().half()
-        given = targets[part], logps[part], lse[part] + 1, coef[part]
+        of_kept = None if slopes is None else slopes[part]
+        given = targets[part], logps[part], lse[part] + 1, coef[part], of_kept
         kernels.gradients_(kept, peaks[part], peak_block, *given)
         nats = 2**-20 * (1 + found_lse.abs().max().item())
         return {
@@ -397,7 +401,7 @@ def _rows(sizes: Sizes) -> Work:
     return work, check
 
 
-def _operands(sizes: Sizes) -> Work:
+def _operands(sizes: Sizes, variant: str) -> Work:
     """Rows and head as operands, rows of gradient kept and taken."""
     n, h = 2 * sizes.rows, sizes.hidden_size
     hidden = _normal(sizes, n, h).to(torch.bfloat16)
@@ -422,6 +426,10 @@ def _operands(sizes: Sizes) -> Work:
         }
 
     return work, check
+
+
+# By kernel, of any of its variants.
+_WORK_OF_ROWS = {"rows": _rows, "operands": _operands}
 
 
 def _head(sizes: Sizes, weight: Tensor) -> Head:

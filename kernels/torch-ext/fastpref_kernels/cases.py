@@ -15,7 +15,9 @@ from .configs import (
     hidden_gradient_config,
     operands_config,
     projection_config,
+    projection_depth,
     rows_config,
+    trial,
     weight_gradient_config,
 )
 from .forward import projection_kernel
@@ -78,12 +80,15 @@ def compile_cases(architecture: str) -> list[CompileCase]:
         ),
         _merge(rich=False),
         _merge(rich=True),
-        _row_exponentials(architecture, rich=False),
+        _row_exponentials(architecture),
         _row_exponentials(architecture, rich=True),
-        _row_exponentials(architecture, rich=False, out="fp16"),
+        _row_exponentials(architecture, rich=True, softcap=True),
+        _row_exponentials(architecture, out="fp16"),
         _row_exponentials(architecture, rich=True, out="fp16"),
-        _row_gradients(architecture, torch.float16, rich=False),
+        _row_exponentials(architecture, rich=True, softcap=True, out="fp16"),
+        _row_gradients(architecture, torch.float16),
         _row_gradients(architecture, torch.float16, rich=True),
+        _row_gradients(architecture, torch.float16, rich=True, softcap=True),
         _pairs(rich=False),
         _pairs(rich=True),
         _scale(torch.float32),
@@ -112,6 +117,12 @@ def compile_cases(architecture: str) -> list[CompileCase]:
         cases.insert(3, _projection(architecture, half, rich=True, softcap=True, describable=False))
         cases.append(_weight_gradient(architecture, add=True, describable=False))
         cases.append(_hidden_gradient(architecture, half, describable=False))
+    with trial({("choices", "depth"): 1024}):
+        cases += [
+            _projection(architecture, half),
+            _projection(architecture, half, rich=True, out="fp16"),
+            _projection(architecture, half, rich=True, softcap=True, out="fp16"),
+        ]
     return cases
 
 
@@ -128,7 +139,7 @@ def _projection(
     config = projection_config(
         architecture, dtype, rich=rich, softcap=softcap, describable=describable
     )
-    descriptors = config.descriptors
+    descriptors, depth = config.descriptors, projection_depth(architecture, dtype)
     name = _NAMES[dtype]
     types = _types(
         projection_kernel,
@@ -148,6 +159,7 @@ def _projection(
             + ["softcap"] * softcap
             + ["anchored" if anchored else "exponentials"] * (out is not None)
             + ["pointers"] * (not descriptors)
+            + [f"depth {depth}"] * (depth > 0)
         ),
         types,
         _head(bias=rich, softcap=softcap)
@@ -160,6 +172,7 @@ def _projection(
             "HIDDEN_SIZE": _HIDDEN_SIZE,
             "HAS_DESCRIPTORS": descriptors,
             "UPCAST": False,
+            "DEPTH": depth,
             "BAND": config.band,
         }
         | _blocks(config),
@@ -182,13 +195,17 @@ def _merge(*, rich: bool) -> CompileCase:
     )
 
 
-def _row_exponentials(architecture: str, *, rich: bool, out: str | None = None) -> CompileCase:
-    config = rows_config(architecture)
+def _row_exponentials(
+    architecture: str, *, rich: bool = False, softcap: bool = False, out: str | None = None
+) -> CompileCase:
+    config = rows_config(architecture, softcap=softcap)
     return _case(
         row_exponentials_kernel,
-        ", ".join(["all statistics"] * rich + ["exponentials"] * (out is not None)),
+        ", ".join(
+            ["all statistics"] * rich + ["softcap"] * softcap + ["exponentials"] * (out is not None)
+        ),
         _types(row_exponentials_kernel, bias_ptr="*bf16", best_ptr="*i32", out_ptr=f"*{out}"),
-        _head(bias=rich, softcap=rich)
+        _head(bias=rich, softcap=softcap)
         | _sums(rich)
         | _absent("best_ptr", unless=rich)
         | _absent("out_ptr", unless=out is not None)
@@ -198,13 +215,15 @@ def _row_exponentials(architecture: str, *, rich: bool, out: str | None = None) 
     )
 
 
-def _row_gradients(architecture: str, dtype: torch.dtype, *, rich: bool) -> CompileCase:
-    config = rows_config(architecture)
+def _row_gradients(
+    architecture: str, dtype: torch.dtype, *, rich: bool = False, softcap: bool = False
+) -> CompileCase:
+    config = rows_config(architecture, softcap=softcap)
     return _case(
         row_gradients_kernel,
-        ", ".join([_NAMES[dtype]] + ["entropy"] * rich),
+        ", ".join([_NAMES[dtype]] + ["entropy"] * rich + ["softcap"] * softcap),
         _types(row_gradients_kernel, bias_ptr="*bf16", grad_ptr=f"*{_NAMES[dtype]}"),
-        _head(bias=rich, softcap=rich)
+        _head(bias=rich, softcap=softcap)
         | _absent("entropy_ptr", "entropy_coef_ptr", unless=rich)
         | {
             "BLOCK_N": config.block_n,
@@ -254,7 +273,7 @@ def _scale(dtype: torch.dtype, *, split: bool = False) -> CompileCase:
 
 
 def _gradients(architecture: str, dtype: torch.dtype, *, softcap: bool) -> CompileCase:
-    config = rows_config(architecture)
+    config = rows_config(architecture, softcap=softcap)
     peak_block = 256
     return _case(
         gradients_kernel,

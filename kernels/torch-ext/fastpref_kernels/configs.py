@@ -128,17 +128,19 @@ KERNELS: dict[str, tuple[type[ProjectionConfig | RowsConfig], tuple[str, ...]]] 
     "weight_gradient": (ProjectionConfig, ("plain", "pointers")),
     # "small": where large tiles would leave processors without one.
     "hidden_gradient": (ProjectionConfig, ("plain", "small", "pointers")),
-    "rows": (RowsConfig, ("plain",)),
+    "rows": (RowsConfig, ("plain", "softcap")),
     "operands": (RowsConfig, ("plain",)),
 }
-# Who multiplies where either may, the kernel or the library; and columns of the library's products
-# that row kernels read.
+# Who multiplies where either may, the kernel or the library; columns of the library's products that
+# row kernels read; and how much of H one accumulator of the projection sums before it is added to
+# another, 0 for all: tensor cores are said to cut off what they add, so fewer sums are more exact.
 CHOICES: dict[str, tuple[str | int, ...]] = {
     "forward": ("tiles", "library"),
     "exponentials": ("tiles", "library"),
     "weight_gradient": ("tiles", "library"),
     "hidden_gradient": ("tiles", "library"),
     "columns": (8192, 2048, 4096, 16384, 32768),
+    "depth": (0, 512, 1024, 2048),
 }
 _ABOUT = ("device", "triton", "measured", "why")
 _LAUNCH = Path(__file__).parent / "launch"
@@ -354,7 +356,15 @@ def projection_config(
         variant = "pointers"
     else:
         variant = "rich" if rich else "plain"
-    return _described(_find(where, "projection", variant), describable)
+    config = _described(_find(where, "projection", variant), describable)
+    if projection_depth(where, dtype):  # the other accumulator takes the place of half a tile
+        config = replace(config, block_v=config.block_v // 2)
+    return config
+
+
+def projection_depth(where: torch.device | str, dtype: torch.dtype) -> int:
+    """Of H, that one accumulator sums; 0 for all, as always beyond half precision."""
+    return choice("depth", where) if dtype.itemsize <= 2 else 0
 
 
 def weight_gradient_config(
@@ -377,9 +387,9 @@ def _described(config: ProjectionConfig, describable: bool) -> ProjectionConfig:
     return replace(config, descriptors=config.descriptors and describable)
 
 
-def rows_config(where: torch.device | str) -> RowsConfig:
+def rows_config(where: torch.device | str, *, softcap: bool) -> RowsConfig:
     """The configuration of the row kernels."""
-    return _find(where, "rows", "plain")
+    return _find(where, "rows", "softcap" if softcap else "plain")
 
 
 def operands_config(where: torch.device | str) -> RowsConfig:

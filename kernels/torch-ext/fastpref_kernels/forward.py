@@ -11,18 +11,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import INTERPRETED, UNIT, Epilogue, ProjectionConfig, projection_config
+from .configs import (
+    INTERPRETED,
+    UNIT,
+    Epilogue,
+    ProjectionConfig,
+    projection_config,
+    projection_depth,
+)
 from .partials import Partials, finished, merge_into, new_partials, new_statistics
 from .primitives import head_epilogue, load_bias, store_tile
 
 # What the tiles' values and a copy of the rows may take: more rows go in a launch of their own.
 _LAUNCH_BYTES = 32 * 2**20
-# Bytes of the weight converted at a time where the products do not take its dtype.
+# Bytes of the weight converted at a time where the products do not take its dtype, and of what the
+# launches of a converted slice may leave.
 _CONVERTED_BYTES = 64 * 2**20
 
 
+@triton.jit
+def add_product(
+    product,  # (n, v)
+    hidden,  # pointer, or descriptor
+    weight,
+    left,  # (n, 1) where rows begin; with descriptors the first row
+    right,  # (1, v)
+    is_row,  # (n,)
+    is_column,  # (v,)
+    first,  # of H
+    last,
+    HAS_DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr,  # the interpreter multiplies no half precision
+    BLOCK_H: tl.constexpr,
+):
+    """`product` and that of rows `first` to `last` of H, for descriptors whole blocks of it."""
+    if HAS_DESCRIPTORS:
+        for h in range(first, last, BLOCK_H):
+            rows, columns = hidden.load([left, h]), weight.load([right, h])
+            product = tl.dot(rows, columns.T, product)
+    else:
+        along = tl.arange(0, BLOCK_H)
+        left_ptr, right_ptr = hidden + left + along[None, :], weight + right + along[:, None]
+        for h in range(first, last, BLOCK_H):
+            is_along = along < last - h
+            rows = tl.load(left_ptr + h, is_row[:, None] & is_along[None, :], other=0.0)
+            columns = tl.load(right_ptr + h, is_along[:, None] & is_column[None, :], other=0.0)
+            if UPCAST:
+                rows, columns = rows.to(product.dtype), columns.to(product.dtype)
+            product = tl.dot(
+                rows, columns, product, input_precision="ieee", out_dtype=product.dtype
+            )
+    return product
+
+
 @triton.jit(
-    do_not_specialize=["rows", "tile_offset", "first", "partial_stride"],
+    do_not_specialize=["rows", "tile_offset", "first", "partial_stride", "tile_stride"],
     do_not_specialize_on_alignment=["index_ptr", "targets_ptr", "anchors_ptr", "target_z_ptr"],
 )
 def projection_kernel(
@@ -40,7 +83,8 @@ def projection_kernel(
     columns,
     first,  # column of the vocabulary that weight begins with
     tile_offset,  # its tile
-    partial_stride,  # tiles · rows
+    partial_stride,  # of partials_ptr's values
+    tile_stride,  # of their tiles and of best_ptr's
     out_stride,
     hidden_stride,
     weight_stride,
@@ -56,6 +100,7 @@ def projection_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    DEPTH: tl.constexpr,  # of H, that one accumulator sums; 0 for all
     BAND: tl.constexpr,  # row blocks that share the weight's tiles
 ):
     row_blocks = tl.cdiv(rows, BLOCK_N)
@@ -71,35 +116,36 @@ def projection_kernel(
         row = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
         column = column_block * BLOCK_V + tl.arange(0, BLOCK_V)
         is_row, is_column = row < rows, column < columns
-        product = tl.zeros((BLOCK_N, BLOCK_V), dtype)
         if HAS_DESCRIPTORS:
-            for h in range(0, HIDDEN_SIZE, BLOCK_H):
-                left = hidden.load([row_block * BLOCK_N, h])
-                right = weight.load([column_block * BLOCK_V, h])
-                product = tl.dot(left, right.T, product)
+            left, right = row_block * BLOCK_N, column_block * BLOCK_V
         else:
             source = row
             if index_ptr is not None:
                 source = tl.load(index_ptr + row, is_row, other=0)
-            along = tl.arange(0, BLOCK_H)
-            left_ptr = hidden + source.to(tl.int64)[:, None] * hidden_stride + along[None, :]
-            right_ptr = weight + column.to(tl.int64)[None, :] * weight_stride + along[:, None]
-            for h in range(0, HIDDEN_SIZE, BLOCK_H):
-                is_along = along < HIDDEN_SIZE - h
-                left = tl.load(left_ptr + h, is_row[:, None] & is_along[None, :], other=0.0)
-                right = tl.load(right_ptr + h, is_along[:, None] & is_column[None, :], other=0.0)
-                if UPCAST:
-                    left, right = left.to(dtype), right.to(dtype)
-                product = tl.dot(left, right, product, input_precision="ieee", out_dtype=dtype)
+            left = source.to(tl.int64)[:, None] * hidden_stride
+            right = column.to(tl.int64)[None, :] * weight_stride
+        product = tl.zeros((BLOCK_N, BLOCK_V), dtype)
+        if DEPTH == 0:
+            product = add_product(
+                product, hidden, weight, left, right, is_row, is_column, 0, HIDDEN_SIZE,
+                HAS_DESCRIPTORS, UPCAST, BLOCK_H,
+            )  # fmt: skip
+        else:
+            for h in range(0, HIDDEN_SIZE, DEPTH):
+                nothing = tl.zeros((BLOCK_N, BLOCK_V), dtype)
+                product += add_product(
+                    nothing, hidden, weight, left, right, is_row, is_column, h,
+                    tl.minimum(h + DEPTH, HIDDEN_SIZE), HAS_DESCRIPTORS, UPCAST, BLOCK_H,
+                )  # fmt: skip
 
         bias = load_bias(bias_ptr, column, is_column, dtype)
         z, slope = head_epilogue(product, bias, inner, outer, HAS_SOFTCAP)
         local = (tl.load(targets_ptr + row, is_row, other=-1) - first).to(tl.int32)
         store_tile(
             z, slope, row, is_row, local, column_block * BLOCK_V, columns, first,
-            tile_offset + column_block, rows, out_ptr, anchors_ptr,
-            (partials_ptr, partial_stride, best_ptr, target_z_ptr, out_stride),
-            HAS_ENTROPY, HAS_MEAN, HAS_LOG_SUM_SQ,
+            tile_offset + column_block, out_ptr, anchors_ptr,
+            (partials_ptr, partial_stride, tile_stride, best_ptr, target_z_ptr, out_stride),
+            HAS_SOFTCAP, HAS_ENTROPY, HAS_MEAN, HAS_LOG_SUM_SQ,
         )  # fmt: skip
 
 
@@ -115,24 +161,33 @@ def projection_statistics(
     index: Tensor | None,  # (n,) rows of hidden; None for all
     dtype: torch.dtype,  # operands are rounded to it
 ) -> list[Tensor]:
-    """Log-probabilities, log-sum-exps and further statistics of all rows, launch by launch."""
+    """Log-probabilities, log-sum-exps and further statistics of all rows, launch by launch.
+
+    A head of another dtype is converted slice by slice, each for as many launches as may leave
+    their values at once.
+    """
     epilogue = Epilogue(bias, logit_scale, softcap, temperature)
     rows, (vocabulary, hidden_size) = len(targets), weight.shape
     config, wide = configuration(hidden, weight, dtype, softcap, stats), wide_dtype(dtype)
     found = new_statistics(stats, hidden, rows, wide)
-    of_row = new_partials(hidden, 1, vocabulary, stats, wide, config.block_v).values.nbytes
-    of_row += hidden_size * dtype.itemsize
+    of_values = new_partials(hidden, 1, vocabulary, stats, wide, config.block_v).values.nbytes
+    of_row = of_values + hidden_size * dtype.itemsize
     step = max(1, _LAUNCH_BYTES // of_row // config.block_n) * config.block_n
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
-        n = part.stop - part.start
-        partials = new_partials(hidden, n, vocabulary, stats, wide, config.block_v)
-        left, left_index = _left_operand(hidden, index, part, dtype, config.descriptors)
+    launches = 1 if weight.dtype == dtype else max(1, _CONVERTED_BYTES // (of_values * step))
+    for start in range(0, rows, launches * step):
+        stop = min(start + launches * step, rows)
+        partials = new_partials(hidden, stop - start, vocabulary, stats, wide, config.block_v)
         for first, last in _weight_slices(weight, dtype, config.block_v):
-            _project(
-                left, weight[first:last].to(dtype), epilogue.sliced(first, last), targets[part],
-                left_index, None, None, partials, first // config.block_v, first, config,
-            )  # fmt: skip
+            of_slice, sliced = weight[first:last].to(dtype), epilogue.sliced(first, last)
+            for row in range(start, stop, step):
+                part = slice(row, min(row + step, stop))
+                left, left_index = _left_operand(hidden, index, part, dtype, config.descriptors)
+                _project(
+                    left, of_slice, sliced, targets[part], left_index, None, None,
+                    partials.rows(part.start - start, part.stop - start),
+                    first // config.block_v, first, config,
+                )  # fmt: skip
+        part = slice(start, stop)
         of_part = {name: x[part] for name, x in found.items()}
         merge_into(
             of_part, partials.values, partials.best, partials.target_z, targets[part], vocabulary
@@ -235,8 +290,7 @@ def _project(
     config: ProjectionConfig,
 ) -> None:
     rows, columns, names = len(targets), len(weight), partials.stats.split()
-    strides = hidden.stride(0), weight.stride(0)
-    _, tiles, _ = partials.values.shape
+    strides, dtype = (hidden.stride(0), weight.stride(0)), weight.dtype
     blocks = triton.cdiv(rows, config.block_n) * triton.cdiv(columns, config.block_v)
     if not blocks:
         return
@@ -260,7 +314,7 @@ def _project(
         columns,
         first,
         tile,
-        tiles * rows,
+        *partials.values.stride()[:2],
         0 if out is None else out.stride(0),
         *strides,
         HIDDEN_SIZE=weight.shape[1],
@@ -273,6 +327,7 @@ def _project(
         BLOCK_N=config.block_n,
         BLOCK_V=config.block_v,
         BLOCK_H=config.block_h,
+        DEPTH=projection_depth(targets.device, dtype),
         BAND=config.band,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

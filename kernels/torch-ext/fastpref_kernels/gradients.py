@@ -92,7 +92,7 @@ def gradients_(
             f"({rows}, {triton.cdiv(columns, block)}), got {tuple(peaks.shape)}"
         )
     if rows and columns:
-        config = rows_config(exponentials.device)
+        config = rows_config(exponentials.device, softcap=slopes is not None)
         gradients_kernel[(rows,)](
             exponentials,
             peaks,

@@ -135,7 +135,7 @@ def new_partials(
     if by == "tiles":
         block = forward.configuration(hidden, weight, dtype, epilogue.softcap, names).block_v
     elif by == "library":
-        block = rows_config(hidden.device).block_v
+        block = rows_config(hidden.device, softcap=epilogue.softcap is not None).block_v
     else:
         raise ValueError(f"by must be 'tiles' or 'library', got {by!r}")
     wide = forward.wide_dtype(dtype)

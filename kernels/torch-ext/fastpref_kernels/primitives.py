@@ -130,6 +130,29 @@ def online_argmax_update(
 
 
 @triton.jit
+def picked(
+    z,  # (n, v)
+    place,  # (n,) int32, a column of the vocabulary
+    start,  # that z begins with
+):
+    """z[i, place[i] − start]; where there is no such column, anything."""
+    column = start + tl.arange(0, z.shape[1])
+    if z.shape[1] >= 256:
+        # A thread has many columns: bit by bit it chooses one of two, where to compare each with
+        # the place takes four times the instructions. The upper half may be other warps'.
+        z = z.reshape(z.shape[0], 2, z.shape[1] // 2)
+        place -= start
+        is_upper = place // z.shape[2]
+        for _ in tl.static_range(3):
+            low, high = tl.split(z.reshape(z.shape[0], 2, 2, z.shape[2] // 2).permute(0, 1, 3, 2))
+            z = tl.where((place & z.shape[2] // 2)[:, None, None] == 0, low, high)
+        place = is_upper * z.shape[2] + place % z.shape[2]
+        z = z.reshape(z.shape[0], 2 * z.shape[2])
+        column = tl.arange(0, z.shape[1])
+    return tl.sum(tl.where(column[None, :] == place[:, None], z, 0.0), 1)
+
+
+@triton.jit
 def store_tile(
     z,  # (n, v) logits in units of ln 2, 0 beyond the columns
     slope,  # of `head_epilogue`
@@ -140,10 +163,10 @@ def store_tile(
     columns,  # of the weight at hand
     first,  # column of the vocabulary that those begin with
     tile,  # among all tiles of a row
-    rows,
     out_ptr,  # (rows, columns) exponentials out, or None
     anchors_ptr,  # (rows,) what those are relative to; None for each row's peak in the tile
     partials,  # pointers and strides, see below
+    HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     HAS_LOG_SUM_SQ: tl.constexpr,
@@ -153,26 +176,28 @@ def store_tile(
     Exponentials are e^(z − peak)·s·SCALE; with anchors e^(z − anchor)·s·ANCHORED_SCALE, but for the
     target's, which is 0.
     """
-    partials_ptr, partial_stride, best_ptr, target_z_ptr, out_stride = partials
+    partials_ptr, partial_stride, tile_stride, best_ptr, target_z_ptr, out_stride = partials
     column = start + tl.arange(0, z.shape[1])
     is_column = column < columns
-    at = tile.to(tl.int64) * rows + row
+    at = tile.to(tl.int64) * tile_stride + row
     if HAS_MEAN:
         tl.store(partials_ptr + 2 * partial_stride + at, tl.sum(z, 1) * _LN2, is_row)
     # Few tiles hold a target of their rows, and only the last one ends early.
     is_here = (local >= start) & (local < tl.minimum(start + z.shape[1], columns))
     has_target = tl.max(is_here.to(tl.int32), 0) > 0
     if has_target:
-        of_target = tl.where(column[None, :] == local[:, None], z, 0.0)
-        tl.store(target_z_ptr + row, tl.sum(of_target, 1) * _LN2, is_here)
+        tl.store(target_z_ptr + row, picked(z, local, start) * _LN2, is_here)
     if start + z.shape[1] > columns:
+        if not HAS_SOFTCAP:  # what is left of the registers is too few there
+            # Of a branch without a barrier a choice for each element of each tile would be made.
+            tl.debug_barrier()
         z = tl.where(is_column[None, :], z, float("-inf"))
-    if best_ptr is not None:
-        highest, best = tl.max(z, 1, return_indices=True)  # the first of equal maxima
-        best = tl.where(highest > float("-inf"), first + start + best, -1)
-        tl.store(best_ptr + at, best, is_row)
 
     peak = tl.max(z, 1)
+    if best_ptr is not None:
+        place = tl.arange(0, z.shape[1])[None, :]
+        best = tl.min(tl.where(z == peak[:, None], place, z.shape[1]), 1)  # the first
+        tl.store(best_ptr + at, first + start + best, is_row)
     # Of rows that a bias masks whole, −inf − −inf would be NaN.
     anchor = tl.where(peak == float("-inf"), 0.0, peak)
     z -= anchor[:, None]

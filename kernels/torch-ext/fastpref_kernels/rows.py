@@ -56,9 +56,9 @@ def row_exponentials_kernel(
     local = (tl.load(targets_ptr + row, is_row, other=-1) - first).to(tl.int32)
     store_tile(
         z, slope, row, is_row, local, tl.program_id(1) * BLOCK_V, columns, first,
-        tile_offset + tl.program_id(1), rows, out_ptr, None,
-        (partials_ptr, partial_stride, best_ptr, target_z_ptr, out_stride),
-        HAS_ENTROPY, HAS_MEAN, HAS_LOG_SUM_SQ,
+        tile_offset + tl.program_id(1), out_ptr, None,
+        (partials_ptr, partial_stride, rows, best_ptr, target_z_ptr, out_stride),
+        HAS_SOFTCAP, HAS_ENTROPY, HAS_MEAN, HAS_LOG_SUM_SQ,
     )  # fmt: skip
 
 
@@ -139,12 +139,12 @@ def row_statistics(
 ) -> list[Tensor]:
     """Log-probabilities, log-sum-exps and further statistics of whole rows."""
     rows, vocabulary = products.shape
-    block, dtype = rows_config(products.device).block_v, products.dtype
+    config, dtype = rows_config(products.device, softcap=softcap is not None), products.dtype
     found = new_statistics(stats, products, rows, dtype)
-    partials = new_partials(products, rows, vocabulary, stats, dtype, block)
+    partials = new_partials(products, rows, vocabulary, stats, dtype, config.block_v)
     of_tiles = partials.values, partials.best, partials.target_z
     epilogue = bias, logit_scale, softcap, temperature
-    row_exponentials(products, targets, *epilogue, stats, None, *of_tiles, block, 0, 0)
+    row_exponentials(products, targets, *epilogue, stats, None, *of_tiles, config.block_v, 0, 0)
     merge_into(found, *of_tiles, targets, vocabulary)
     return finished(found)
 
@@ -168,7 +168,7 @@ def row_exponentials(
     """What the projection leaves of its tiles, of products that are there."""
     rows, columns = products.shape
     _, tiles, _ = values.shape
-    config, names = rows_config(products.device), stats.split()
+    config, names = rows_config(products.device, softcap=softcap is not None), stats.split()
     if block != config.block_v:
         raise ValueError(f"tiles have {config.block_v} columns, got partials of {block}")
     if rows and columns:
@@ -218,7 +218,7 @@ def row_gradients_(
     grad = narrowed(products, dtype)
     epilogue = Epilogue(bias, logit_scale, softcap, temperature)
     if rows and columns:
-        config = rows_config(products.device)
+        config = rows_config(products.device, softcap=softcap is not None)
         row_gradients_kernel[(triton.cdiv(rows, config.block_n),)](
             products,
             grad,
