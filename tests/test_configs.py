@@ -109,6 +109,17 @@ def test_what_cannot_be_described_has_no_descriptors():
         assert found.descriptors == describable
 
 
+def test_a_depth_halves_the_tiles_of_half_precision():
+    flags = {"rich": False, "softcap": False}
+    of = lambda dtype: configs.projection_config("sm_90", dtype, **flags)  # noqa: E731
+    before = {dtype: of(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    with configs.trial({("choices", "depth"): 1024}):
+        assert of(torch.float32) == before[torch.float32]
+        assert configs.projection_depth("sm_90", torch.float32) == 0
+        assert of(torch.bfloat16).block_v == before[torch.bfloat16].block_v // 2
+        assert configs.projection_depth("sm_90", torch.bfloat16) == 1024
+
+
 # --- what replaces it ---------------------------------------------------------------------------
 
 
@@ -149,7 +160,25 @@ BAD = {
     "unknown choice": (tuned(choices={"backward": "tiles"}), r"unknown choices \['backward'\]"),
     "impossible choice": (tuned(choices={"forward": "libary"}), r"one of \['tiles', 'library'\]"),
     "choice of another type": (tuned(choices={"columns": 8192.0}), "got 8192.0"),
-    "columns within a block": (tuned(choices={"columns": 2048}), "multiple of the rows' block_v"),
+    "columns within a block": (tuned(choices={"columns": 2048}), "rows' block_v, 8192, plain"),
+    "under a softcap": (
+        tuned(
+            choices={"columns": 2048},
+            rows={"plain": {"block_n": 1, "block_v": 2048, "num_warps": 4}},
+        ),
+        "rows' block_v, 8192, softcap",
+    ),
+    "depth within a block": (
+        tuned(projection={"plain": PLAIN | {"block_h": 1024}}, choices={"depth": 512}),
+        "a depth of 512 must be .* projection, plain, has 1024",
+    ),
+    "half of no tile": (
+        tuned(projection={"plain": PLAIN | {"block_v": 16}}, choices={"depth": 512}),
+        "block_v at least 32",
+    ),
+    "depth of the library": (
+        tuned(choices={"depth": 512, "exponentials": "library"}), "exponentials must be 'tiles'"
+    ),
 }  # fmt: skip
 NUMBERS = {
     "block_v": [100, 8, 0, -16, 2**17, 64.0, True, "64", None],

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 import os
+import weakref
 
 import pytest
 import torch
@@ -253,26 +254,34 @@ def test_projection_rounds_wide_operands_slice_by_slice(monkeypatch, poison):
 def test_a_wide_head_is_converted_once_for_several_launches(monkeypatch, poison):
     from fastpref_kernels import forward
 
-    # 16 rows of 5 tiles with 2 values each, and of 16 hidden; 640 bytes of values a launch.
+    # 16 rows of 5 tiles with 2 values each, and of 16 hidden.
     monkeypatch.setattr(forward, "_LAUNCH_BYTES", 16 * (5 * 2 * 4 + 16 * 2))
+    monkeypatch.setattr(forward, "_LAUNCHES", 3)
     monkeypatch.setattr(forward, "_CONVERTED_BYTES", 70 * 16 * 2)  # one tile of 64 columns
     problem = make_problem(70, 300, 16, torch.bfloat16, "all", bias=True, index=True)
     wide = dataclasses.replace(
         problem, hidden=problem.hidden.float() * (1 + 2**-12), weight=problem.weight.float()
     )
-    truth, z = problem.statistics(torch.float64)
-    plain, _ = problem.statistics(torch.float32)
-    converted = []
+    converted, slices = [], []
     convert = torch.Tensor.to
-    monkeypatch.setattr(
-        torch.Tensor, "to", lambda x, *how: (converted.append(tuple(x.shape)), convert(x, *how))[1]
-    )
+
+    def seen(x, *how):
+        if how == (torch.bfloat16,):
+            converted.append(tuple(x.shape))
+            assert all(each() is None for each in slices)  # when the next one is made
+        found = convert(x, *how)
+        if how == (torch.bfloat16,) and x.shape[0] in (64, 44):
+            slices.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(torch.Tensor, "to", seen)
     found = wide.found((), torch.bfloat16)
     monkeypatch.undo()
+    truth, z = problem.statistics(torch.float64)
+    plain, _ = problem.statistics(torch.float32)
     check_statistics(found, truth, plain, z, torch.bfloat16)
-    # Values of three launches may be there at once: rows 0 to 48, then 48 to 70.
-    of_slices = [shape for shape in converted if shape[0] in (64, 300 % 64)]
-    assert of_slices == 2 * [*4 * [(64, 16)], (44, 16)]
+    of_head = [*4 * [(64, 16)], (44, 16)]
+    assert converted == [*3 * [(16, 16)], *of_head, (16, 16), (6, 16), *of_head]
 
 
 @interpreted
@@ -348,20 +357,22 @@ def test_of_equal_logits_the_first_is_top1(poison):
 
 
 @interpreted
-@pytest.mark.parametrize("block", [64, 256])  # compared with each column, and chosen bit by bit
+@pytest.mark.parametrize("block", [256, 512])
 def test_every_column_may_hold_the_target(block, poison):
     from fastpref_kernels import configs
 
-    wide = "projection", "wide"
-    config = dataclasses.replace(configs.entries_of("interpreter")[wide], block_v=block)
-    n = 2 * 256 + 45
+    entries = configs.entries_of("interpreter")
+    tiles, rows = ("projection", "wide"), ("rows", "plain")
+    wider = {key: dataclasses.replace(entries[key], block_v=block) for key in (tiles, rows)}
+    n = 512 + 45
     targets = torch.arange(n)
     weight = torch.randn(n, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     hidden = torch.ones(n, 8, dtype=torch.float64)
     products = hidden @ weight.T
-    with configs.trial({wide: config}):
+    with configs.trial(wider):
         of_tiles = kernels.projection_statistics(hidden, weight, targets, Epilogue())
-    for logps, lse, _ in (of_tiles, kernels.row_statistics(products, targets, Epilogue())):
+        of_rows = kernels.row_statistics(products, targets, Epilogue())
+    for logps, lse, _ in (of_tiles, of_rows):
         torch.testing.assert_close(logps + lse, products[0], rtol=0, atol=1e-13)
 
 

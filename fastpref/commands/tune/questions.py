@@ -182,6 +182,7 @@ _ROWS = {
         (1, 2048, 4),
         (1, 4096, 4),
         (1, 4096, 8),
+        (1, 8192, 4),
         (1, 8192, 8),
         (1, 8192, 16),
         (2, 2048, 8),
@@ -432,8 +433,8 @@ def _operands(sizes: Sizes, variant: str) -> Work:
 _WORK_OF_ROWS = {"rows": _rows, "operands": _operands}
 
 
-def _head(sizes: Sizes, weight: Tensor) -> Head:
-    return Head(weight, None, 1.0, None, 1.0, sizes.dtype)
+def _head(sizes: Sizes, weight: Tensor, softcap: float | None = None) -> Head:
+    return Head(weight, None, 1.0, softcap, 1.0, sizes.dtype)
 
 
 def _forward(sizes: Sizes) -> Work:
@@ -452,10 +453,10 @@ def _forward(sizes: Sizes) -> Work:
     return lambda: logps(sizes.rows), check
 
 
-def _exponentials(sizes: Sizes) -> Work:
+def _exponentials(sizes: Sizes, softcap: float | None = None) -> Work:
     """A pair group's forward, which keeps what its gradient is made of."""
     hidden, weight, targets = _head_and_rows(sizes, sizes.rows)
-    head = _head(sizes, weight)
+    head = _head(sizes, weight, softcap)
     kept = triton_backend.kept_dtype(head)
     buffer = hidden.new_empty(sizes.rows, sizes.vocabulary, dtype=kept)
 
@@ -474,8 +475,8 @@ def _exponentials(sizes: Sizes) -> Work:
 
 
 def _columns(sizes: Sizes) -> Work:
-    """Both of what library products may be taken for."""
-    works = [_forward(sizes), _exponentials(sizes)]
+    """All that library products may be taken for."""
+    works = [_forward(sizes), _exponentials(sizes), _exponentials(sizes, softcap=30.0)]
 
     def check() -> Numbers:
         return {f"{i}: {name}": x for i, (_, of) in enumerate(works) for name, x in of().items()}

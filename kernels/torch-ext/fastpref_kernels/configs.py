@@ -275,12 +275,33 @@ def _with_tuned(shipped: Entries, device: str) -> Entries:
 
 
 def _fitting(entries: Entries) -> Entries:
-    """Exponentials of a slice have one peak a block: slices end with one."""
-    columns = cast(int, entries["choices", "columns"])
-    block = cast(RowsConfig, entries["rows", "plain"]).block_v
-    if columns % block:
-        raise ValueError(f"columns, {columns}, must be a multiple of the rows' block_v, {block}")
+    """What holds between entries.
+
+    Exponentials of a slice have one peak a block: slices end with one. A depth is whole blocks of H
+    in our own kernel, in tiles that can be halved.
+    """
+    columns, depth = (cast(int, entries["choices", name]) for name in ("columns", "depth"))
+    for variant in KERNELS["rows"][1]:
+        block = cast(RowsConfig, entries["rows", variant]).block_v
+        if columns % block:
+            wanted = f"a multiple of the rows' block_v, {block}, {variant}"
+            raise ValueError(f"columns, {columns}, must be {wanted}")
+    if depth:
+        _check_depth(entries, depth)
     return entries
+
+
+def _check_depth(entries: Entries, depth: int) -> None:
+    for name in ("forward", "exponentials"):
+        if entries["choices", name] != "tiles":
+            raise ValueError(f"a depth is of our own kernel: {name} must be 'tiles' beside it")
+    for variant in KERNELS["projection"][1]:
+        config = cast(ProjectionConfig, entries["projection", variant])
+        if depth % config.block_h or config.block_v < 32:
+            raise ValueError(
+                f"a depth of {depth} must be a multiple of block_h, and block_v at least 32: "
+                f"projection, {variant}, has {config.block_h} and {config.block_v}"
+            )
 
 
 def tuned_path(device: str) -> Path:

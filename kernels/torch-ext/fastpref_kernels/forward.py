@@ -24,9 +24,10 @@ from .primitives import head_epilogue, load_bias, store_tile
 
 # What the tiles' values and a copy of the rows may take: more rows go in a launch of their own.
 _LAUNCH_BYTES = 32 * 2**20
-# Bytes of the weight converted at a time where the products do not take its dtype, and of what the
-# launches of a converted slice may leave.
+# Bytes of the weight converted at a time where the products do not take its dtype, and the launches
+# that share them.
 _CONVERTED_BYTES = 64 * 2**20
+_LAUNCHES = 4
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def add_product(
 
 
 @triton.jit(
-    do_not_specialize=["rows", "tile_offset", "first", "partial_stride", "tile_stride"],
+    do_not_specialize=["rows", "tile_offset", "first", "partial_stride"],
     do_not_specialize_on_alignment=["index_ptr", "targets_ptr", "anchors_ptr", "target_z_ptr"],
 )
 def projection_kernel(
@@ -83,8 +84,7 @@ def projection_kernel(
     columns,
     first,  # column of the vocabulary that weight begins with
     tile_offset,  # its tile
-    partial_stride,  # of partials_ptr's values
-    tile_stride,  # of their tiles and of best_ptr's
+    partial_stride,  # tiles · rows
     out_stride,
     hidden_stride,
     weight_stride,
@@ -143,8 +143,8 @@ def projection_kernel(
         local = (tl.load(targets_ptr + row, is_row, other=-1) - first).to(tl.int32)
         store_tile(
             z, slope, row, is_row, local, column_block * BLOCK_V, columns, first,
-            tile_offset + column_block, out_ptr, anchors_ptr,
-            (partials_ptr, partial_stride, tile_stride, best_ptr, target_z_ptr, out_stride),
+            tile_offset + column_block, rows, out_ptr, anchors_ptr,
+            (partials_ptr, partial_stride, best_ptr, target_z_ptr, out_stride),
             HAS_SOFTCAP, HAS_ENTROPY, HAS_MEAN, HAS_LOG_SUM_SQ,
         )  # fmt: skip
 
@@ -161,38 +161,57 @@ def projection_statistics(
     index: Tensor | None,  # (n,) rows of hidden; None for all
     dtype: torch.dtype,  # operands are rounded to it
 ) -> list[Tensor]:
-    """Log-probabilities, log-sum-exps and further statistics of all rows, launch by launch.
-
-    A head of another dtype is converted slice by slice, each for as many launches as may leave
-    their values at once.
-    """
+    """Log-probabilities, log-sum-exps and further statistics of all rows, launch by launch."""
     epilogue = Epilogue(bias, logit_scale, softcap, temperature)
     rows, (vocabulary, hidden_size) = len(targets), weight.shape
     config, wide = configuration(hidden, weight, dtype, softcap, stats), wide_dtype(dtype)
     found = new_statistics(stats, hidden, rows, wide)
-    of_values = new_partials(hidden, 1, vocabulary, stats, wide, config.block_v).values.nbytes
-    of_row = of_values + hidden_size * dtype.itemsize
+    of_row = new_partials(hidden, 1, vocabulary, stats, wide, config.block_v).values.nbytes
+    of_row += hidden_size * dtype.itemsize
     step = max(1, _LAUNCH_BYTES // of_row // config.block_n) * config.block_n
-    launches = 1 if weight.dtype == dtype else max(1, _CONVERTED_BYTES // (of_values * step))
-    for start in range(0, rows, launches * step):
-        stop = min(start + launches * step, rows)
-        partials = new_partials(hidden, stop - start, vocabulary, stats, wide, config.block_v)
-        for first, last in _weight_slices(weight, dtype, config.block_v):
-            of_slice, sliced = weight[first:last].to(dtype), epilogue.sliced(first, last)
-            for row in range(start, stop, step):
-                part = slice(row, min(row + step, stop))
-                left, left_index = _left_operand(hidden, index, part, dtype, config.descriptors)
-                _project(
-                    left, of_slice, sliced, targets[part], left_index, None, None,
-                    partials.rows(part.start - start, part.stop - start),
-                    first // config.block_v, first, config,
-                )  # fmt: skip
-        part = slice(start, stop)
+    parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    together = 1 if weight.dtype == dtype else _LAUNCHES
+    for first in range(0, len(parts), together):
+        _launch(
+            found, parts[first : first + together], hidden, weight, targets, epilogue, stats,
+            index, dtype, config,
+        )  # fmt: skip
+    return finished(found)
+
+
+def _launch(
+    found: dict[str, Tensor],  # (rows,) each, out
+    parts: list[slice],  # of the rows, one a launch
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    epilogue: Epilogue,
+    stats: str,
+    index: Tensor | None,
+    dtype: torch.dtype,
+    config: ProjectionConfig,
+) -> None:
+    """A few launches, for which the head is converted once."""
+    vocabulary, block = len(weight), config.block_v
+    launches = []
+    for part in parts:
+        rows, wide = part.stop - part.start, wide_dtype(dtype)
+        operand = _left_operand(hidden, index, part, dtype, config.descriptors)
+        partials = new_partials(hidden, rows, vocabulary, stats, wide, block)
+        launches.append((part, operand, partials))
+    for first, last in _weight_slices(weight, dtype, block):
+        columns = weight[first:last].to(dtype)
+        for part, (left, left_index), partials in launches:
+            _project(
+                left, columns, epilogue.sliced(first, last), targets[part], left_index, None, None,
+                partials, first // block, first, config,
+            )  # fmt: skip
+        del columns  # before the next are there
+    for part, _, partials in launches:
         of_part = {name: x[part] for name, x in found.items()}
         merge_into(
             of_part, partials.values, partials.best, partials.target_z, targets[part], vocabulary
         )
-    return finished(found)
 
 
 def projection_exponentials(
@@ -291,6 +310,7 @@ def _project(
 ) -> None:
     rows, columns, names = len(targets), len(weight), partials.stats.split()
     strides, dtype = (hidden.stride(0), weight.stride(0)), weight.dtype
+    _, tiles, _ = partials.values.shape
     blocks = triton.cdiv(rows, config.block_n) * triton.cdiv(columns, config.block_v)
     if not blocks:
         return
@@ -314,7 +334,7 @@ def _project(
         columns,
         first,
         tile,
-        *partials.values.stride()[:2],
+        tiles * rows,
         0 if out is None else out.stride(0),
         *strides,
         HIDDEN_SIZE=weight.shape[1],

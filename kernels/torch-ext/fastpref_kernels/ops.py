@@ -94,7 +94,8 @@ def projection_statistics(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Log-probability and log-sum-exp `(n,)` of each row, nats, and the asked-for statistics.
 
-    fp32, or fp64 for fp64 operands. Holds 32 MiB beside its results, besides conversions.
+    fp32, or fp64 for fp64 operands. Holds 32 MiB beside its results; where the weight is converted,
+    128 MiB and 64 MiB of the weight.
     """
     logps, lse, *extra = projection_op(
         hidden, weight, targets, *_of(epilogue), " ".join(stats), index, dtype or hidden.dtype

@@ -7,7 +7,7 @@ Each value has one writer, so there are no locks, no atomics, and two runs agree
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -35,12 +35,6 @@ class Partials:
     def peaks(self) -> Tensor:
         """`(n, tiles)`: the largest logit of each row in each tile, nats."""
         return self.values[0].T
-
-    def rows(self, start: int, stop: int) -> "Partials":
-        """Of some of the rows; values of a tile lie as far apart as before."""
-        values, target_z = self.values[:, :, start:stop], self.target_z[start:stop]
-        best = None if self.best is None else self.best[:, start:stop]
-        return replace(self, values=values, best=best, target_z=target_z)
 
     def tile(self, first: int) -> int:
         """The tile that begins with column `first` of the vocabulary."""

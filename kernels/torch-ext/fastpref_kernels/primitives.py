@@ -139,7 +139,8 @@ def picked(
     column = start + tl.arange(0, z.shape[1])
     if z.shape[1] >= 256:
         # A thread has many columns: bit by bit it chooses one of two, where to compare each with
-        # the place takes four times the instructions. The upper half may be other warps'.
+        # the place takes four times the instructions. The upper half may be other warps', and of
+        # rows in narrow blocks some other bit too: then a choice goes through shared memory.
         z = z.reshape(z.shape[0], 2, z.shape[1] // 2)
         place -= start
         is_upper = place // z.shape[2]
@@ -163,6 +164,7 @@ def store_tile(
     columns,  # of the weight at hand
     first,  # column of the vocabulary that those begin with
     tile,  # among all tiles of a row
+    rows,
     out_ptr,  # (rows, columns) exponentials out, or None
     anchors_ptr,  # (rows,) what those are relative to; None for each row's peak in the tile
     partials,  # pointers and strides, see below
@@ -176,10 +178,10 @@ def store_tile(
     Exponentials are e^(z − peak)·s·SCALE; with anchors e^(z − anchor)·s·ANCHORED_SCALE, but for the
     target's, which is 0.
     """
-    partials_ptr, partial_stride, tile_stride, best_ptr, target_z_ptr, out_stride = partials
+    partials_ptr, partial_stride, best_ptr, target_z_ptr, out_stride = partials
     column = start + tl.arange(0, z.shape[1])
     is_column = column < columns
-    at = tile.to(tl.int64) * tile_stride + row
+    at = tile.to(tl.int64) * rows + row
     if HAS_MEAN:
         tl.store(partials_ptr + 2 * partial_stride + at, tl.sum(z, 1) * _LN2, is_row)
     # Few tiles hold a target of their rows, and only the last one ends early.

@@ -56,8 +56,8 @@ def row_exponentials_kernel(
     local = (tl.load(targets_ptr + row, is_row, other=-1) - first).to(tl.int32)
     store_tile(
         z, slope, row, is_row, local, tl.program_id(1) * BLOCK_V, columns, first,
-        tile_offset + tl.program_id(1), out_ptr, None,
-        (partials_ptr, partial_stride, rows, best_ptr, target_z_ptr, out_stride),
+        tile_offset + tl.program_id(1), rows, out_ptr, None,
+        (partials_ptr, partial_stride, best_ptr, target_z_ptr, out_stride),
         HAS_SOFTCAP, HAS_ENTROPY, HAS_MEAN, HAS_LOG_SUM_SQ,
     )  # fmt: skip
 
