@@ -364,7 +364,7 @@ def test_every_column_may_hold_the_target(block, poison):
     entries = configs.entries_of("interpreter")
     tiles, rows = ("projection", "wide"), ("rows", "plain")
     wider = {key: dataclasses.replace(entries[key], block_v=block) for key in (tiles, rows)}
-    n = 512 + 45
+    n = block + 45
     targets = torch.arange(n)
     weight = torch.randn(n, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     hidden = torch.ones(n, 8, dtype=torch.float64)
