@@ -20,9 +20,9 @@ test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Their wheels alone: what those import besides is left out or already here.
-.frameworks: constraints.txt Makefile
+.frameworks: constraints.txt Makefile | .venv/installed
 	rm -rf $@
-	$(PYTHON) -m pip install --quiet --no-deps --target $@ llamafactory==0.9.5 ms-swift==4.6.0 \
+	$(BIN)/pip install --quiet --no-deps --target $@ llamafactory==0.9.5 ms-swift==4.6.0 \
 		openrlhf==0.11.2 torchtune==0.6.1 verl==0.9.1
 	touch $@
 
@@ -30,14 +30,15 @@ frameworks: .venv/installed .frameworks
 	FASTPREF_FRAMEWORKS=.frameworks $(BIN)/python -m pytest tests/test_frameworks.py
 
 # Its operators are compiled where they are used: nothing is built here. All else it imports is there.
-.deepspeed: constraints.txt Makefile
+.deepspeed: constraints.txt Makefile | .venv/installed
 	rm -rf $@
-	$(PYTHON) -m pip install --quiet --no-deps --target $@ deepspeed==0.19.8 einops==0.8.2 \
+	$(BIN)/pip install --quiet --no-deps --target $@ deepspeed==0.19.8 einops==0.8.2 \
 		hjson==3.1.0 msgpack==1.2.4 py-cpuinfo==9.0.0
 	touch $@
 
+# ONLY="tests/test_launch.py" picks some.
 deepspeed: .venv/installed .deepspeed
-	PYTHONPATH=$(CURDIR)/.deepspeed $(BIN)/python -m pytest -m deepspeed -n 2 --dist loadfile
+	PYTHONPATH=$(CURDIR)/.deepspeed $(BIN)/python -m pytest -m deepspeed -n 2 --dist loadfile $(ONLY)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
