@@ -36,9 +36,9 @@ frameworks: .venv/installed .frameworks
 		hjson==3.1.0 msgpack==1.2.4 py-cpuinfo==9.0.0
 	touch $@
 
-# ONLY="tests/test_launch.py" picks some.
 deepspeed: .venv/installed .deepspeed
-	PYTHONPATH=$(CURDIR)/.deepspeed $(BIN)/python -m pytest -m deepspeed -n 2 --dist loadfile $(ONLY)
+	PYTHONPATH=$(CURDIR)/.deepspeed $(BIN)/python -m pytest -m deepspeed -n 2 --dist loadfile \
+		$$(grep -l mark.deepspeed tests/test_*.py)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

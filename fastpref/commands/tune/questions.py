@@ -102,10 +102,14 @@ def questions(dry: bool = False) -> Iterator[Question]:
         steps = (shapes, bands) if variant == "plain" else (shapes,)
         work = functools.partial(_WORK_OF_TILES[kernel], variant=variant)
         yield Question((kernel, variant), steps, work)
-    for kernel, variant in (("rows", "plain"), ("rows", "softcap"), ("operands", "plain")):
-        blocks = _replacing(*map(_rows_shape, _TINY_ROWS if dry else _ROWS[kernel]))
-        work = functools.partial(_WORK_OF_ROWS[kernel], variant=variant)
-        yield Question((kernel, variant), (blocks,), work)
+    work_of_rows: dict[tuple[str, str], Callable[[Sizes], Work]] = {
+        ("rows", "plain"): _rows,
+        ("rows", "softcap"): functools.partial(_rows, softcap=_SOFTCAP),
+        ("operands", "plain"): _operands,
+    }
+    for key, rows_work in work_of_rows.items():
+        blocks = _replacing(*map(_rows_shape, _TINY_ROWS if dry else _ROWS[key[0]]))
+        yield Question(key, (blocks,), rows_work)
     library: configs.Entries = {("choices", x): "library" for x in ("forward", "exponentials")}
     yield _choice("columns", _columns, library)
     yield _choice("forward", _forward)
@@ -176,6 +180,7 @@ _TINY = dict.fromkeys(
     ("projection plain", "weight_gradient plain", "hidden_gradient plain"), ((32, 32, 16, 1, 1),)
 )
 _BANDS = (4, 8, 16, 32)
+_SOFTCAP = 30.0
 # Rows, columns, warps.
 _ROWS = {
     "rows": (
@@ -244,7 +249,7 @@ def _nats(sizes: Sizes, largest: float) -> float:
 def _projection(sizes: Sizes, variant: str) -> Work:
     """Statistics alone, exponentials for groups, and anchored ones for a frozen head."""
     stats = STATS if "rich" in variant else ()
-    epilogue = Epilogue(softcap=30.0) if "softcap" in variant else Epilogue()
+    epilogue = Epilogue(softcap=_SOFTCAP if "softcap" in variant else None)
     hidden, weight, targets = _head_and_rows(sizes, sizes.rows, variant == "pointers")
     buffer = hidden.new_empty(sizes.rows, sizes.vocabulary, dtype=torch.float16)
 
@@ -363,17 +368,16 @@ _WORK_OF_TILES = {
 }
 
 
-def _rows(sizes: Sizes, variant: str) -> Work:
+def _rows(sizes: Sizes, softcap: float | None = None) -> Work:
     """Statistics of products, and gradients in the place of products and of exponentials."""
     shape = sizes.rows // 2, sizes.vocabulary
     products, other = (_normal(sizes, *shape, scale=LOGIT_DEVIATION, seed=s) for s in (0, 1))
     exponentials = _normal(sizes, *shape, scale=1e4, seed=3).abs_().half()
-    epilogue = Epilogue(softcap=30.0) if variant == "softcap" else Epilogue()
-    targets, peak_block = _targets(sizes, shape[0]), 256
+    targets, epilogue, peak_block = _targets(sizes, shape[0]), Epilogue(softcap=softcap), 256
     blocks = -(-sizes.vocabulary // peak_block)
     peaks, lse = products.new_zeros(shape[0], blocks), products.new_zeros(shape[0])
     coef, logps = torch.ones_like(lse), torch.full_like(lse, -1.0)
-    slopes = torch.ones_like(lse) if variant == "softcap" else None
+    slopes = None if softcap is None else torch.ones_like(lse)
 
     def work() -> None:
         kernels.row_statistics(products, targets, epilogue)
@@ -402,7 +406,7 @@ def _rows(sizes: Sizes, variant: str) -> Work:
     return work, check
 
 
-def _operands(sizes: Sizes, variant: str) -> Work:
+def _operands(sizes: Sizes) -> Work:
     """Rows and head as operands, rows of gradient kept and taken."""
     n, h = 2 * sizes.rows, sizes.hidden_size
     hidden = _normal(sizes, n, h).to(torch.bfloat16)
@@ -427,10 +431,6 @@ def _operands(sizes: Sizes, variant: str) -> Work:
         }
 
     return work, check
-
-
-# By kernel, of any of its variants.
-_WORK_OF_ROWS = {"rows": _rows, "operands": _operands}
 
 
 def _head(sizes: Sizes, weight: Tensor, softcap: float | None = None) -> Head:
@@ -476,7 +476,7 @@ def _exponentials(sizes: Sizes, softcap: float | None = None) -> Work:
 
 def _columns(sizes: Sizes) -> Work:
     """All that library products may be taken for."""
-    works = [_forward(sizes), _exponentials(sizes), _exponentials(sizes, softcap=30.0)]
+    works = [_forward(sizes), _exponentials(sizes), _exponentials(sizes, _SOFTCAP)]
 
     def check() -> Numbers:
         return {f"{i}: {name}": x for i, (_, of) in enumerate(works) for name, x in of().items()}

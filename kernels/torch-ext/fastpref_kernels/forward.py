@@ -45,7 +45,7 @@ def add_product(
     UPCAST: tl.constexpr,  # the interpreter multiplies no half precision
     BLOCK_H: tl.constexpr,
 ):
-    """`product` and that of rows `first` to `last` of H, for descriptors whole blocks of it."""
+    """`product` and that of `first` to `last` of H, which for descriptors are whole blocks."""
     if HAS_DESCRIPTORS:
         for h in range(first, last, BLOCK_H):
             rows, columns = hidden.load([left, h]), weight.load([right, h])
